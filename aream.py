@@ -1,0 +1,144 @@
+"""AReAM's mathematics: which layers over-smooth, how shallow affinities guide deep ones, the affinity loss.
+
+Reads  tensors.
+Writes tensors: pure functions, device and dtype from the inputs, no in-place change of an input.
+Run    from train_cls.py (layer_entropy -> reactivation_weights -> guided_cam -> affinity_label -> aream_loss).
+Expect every function to be compared with a loop or a hand-computed case in test_aream.py.
+
+Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens. An affinity may be given as (B, N, N) or
+as its patch-to-patch block (B, P, P): A[m, n] is how much patch m draws from patch n.
+"""
+import torch
+import torch.nn.functional as F
+
+REACTIVATION = ("entropy", "uniform", "none")
+IGNORE = 255
+
+
+def patch_block(affinity, patches):
+    """The patch-to-patch block (..., P, P) of (..., N, N); patches are the last P tokens."""
+    return affinity[..., -patches:, -patches:]
+
+
+def propagate(affinity, cam):
+    """refined[m] = sum_n A[m, n] cam[n]: affinity (B, P, P), cam (B, C, gh, gw) -> (B, C, gh, gw)."""
+    return (cam.flatten(2) @ affinity.transpose(-2, -1)).unflatten(2, cam.shape[-2:])
+
+
+def layer_entropy(cam, affinity, labels):
+    """How widely each layer's affinity spreads the CAM ("entropy-aware": high means over-smoothed).
+
+    cam (B, C, gh, gw) >= 0; affinity: L maps (B, N, N) or (B, P, P); labels (B, C) in {0, 1}.
+    Returns (B, L) bits, in [0, log2 P]: H^l = -sum p log2 p with p^l = softmax over patches of the sum over present
+    classes of S^l cam. A CAM of zeros gives log2 P in every layer.
+    """
+    P = cam.shape[-2] * cam.shape[-1]
+    present = torch.einsum("bc,bcp->bp", labels.to(cam), cam.flatten(2))  # S^l is linear: sum over classes first
+    spread = [(patch_block(a, P) @ present[..., None])[..., 0] for a in affinity]  # L x (B, P)
+    log_prob = torch.stack(spread, 1).float().log_softmax(-1)  # (B, L, P); exp(-inf) * -inf cannot arise: finite logits
+    return -(log_prob.exp() * log_prob).sum(-1) / torch.log(torch.tensor(2.0))
+
+
+def reactivation_weights(entropy, kind="entropy"):
+    """Re-activation weights w (for the guide) and counterpart weights w_hat (for the loss), each (..., L) in [0, 1].
+
+    entropy (..., L) bits. kind "entropy": w_hat = e, w = 1 - e with e the entropy min-max normalised over layers (zeros
+    if all are equal); "uniform": both 1; "none": w 1, w_hat 0 (a plain average, no loss). ValueError otherwise.
+    """
+    ones = torch.ones_like(entropy)
+    if kind == "uniform":
+        return ones, ones.clone()
+    if kind == "none":
+        return ones, torch.zeros_like(entropy)
+    if kind != "entropy":
+        raise ValueError(f"reactivation {kind!r}: use one of {', '.join(REACTIVATION)}")
+    low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
+    e = torch.where(high > low, (entropy - low) / (high - low).clamp_min(1e-12), 0.0)
+    return 1 - e, e
+
+
+def coupled_layers(layers, coupling="all", deep_from=7):
+    """Which layers guide and which are supervised -> two ranges.
+
+    "all": every layer does both. "split": layers below deep_from (0-based) guide, the others are supervised.
+    """
+    if coupling == "all":
+        return range(layers), range(layers)
+    if coupling != "split":
+        raise ValueError(f"coupling {coupling!r}: use all or split")
+    if not 0 < deep_from < layers:
+        raise ValueError(f"--deep-from {deep_from} with {layers} layers: it must leave layers on both sides")
+    return range(deep_from), range(deep_from, layers)
+
+
+def class_attended_cam(cam, affinity):
+    """cam' = cam * (mean over all layers of what class c's token draws from patch p).
+
+    cam (B, C, gh, gw); affinity: L maps (B, N, N). Returns (B, C, gh, gw) >= 0.
+    """
+    C, P = cam.shape[1], cam.shape[-2] * cam.shape[-1]
+    drawn = sum(a[:, :C, -P:] for a in affinity) / len(affinity)  # (B, C, P)
+    return cam * drawn.unflatten(2, cam.shape[-2:])
+
+
+def guided_cam(cam, affinity, w, guide):
+    """The CAM refined by the re-activation-weighted mean affinity of the guide layers.
+
+    cam (B, C, gh, gw); affinity: L maps (B, N, N); w (B, L) or (L,); guide: layer indices.
+    Returns (B, C, gh, gw) >= 0, not normalised: (mean over guide of w^l S^l) applied to class_attended_cam.
+    """
+    P = cam.shape[-2] * cam.shape[-1]
+    w = w.expand(len(cam), -1)
+    mean = sum(w[:, l, None, None] * patch_block(affinity[l], P) for l in guide) / len(guide)  # (B, P, P)
+    return propagate(mean, class_attended_cam(cam, affinity))
+
+
+def normalise_cam(cam, labels):
+    """relu, min-max over the pixels of each class, times the image labels: (B, C, h, w), (B, C) -> [0, 1]."""
+    cam = cam.relu()
+    low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
+    return (cam - low) / (high - low).clamp_min(1e-12) * labels[..., None, None]
+
+
+def affinity_label(mask, grid):
+    """Which patch pairs belong together.
+
+    mask (B, H, W) in {0, 1..C, 255}; grid (gh, gw): each patch takes the label of its centre pixel.
+    Returns (B, P, P) int64, symmetric: 1 same class (background counts as one), 0 different, 255 if either is 255.
+    """
+    rows, columns = (((torch.arange(n, device=mask.device) + 0.5) * size / n).long()
+                     for n, size in zip(grid, mask.shape[-2:]))
+    patch = mask[:, rows][:, :, columns].flatten(1)  # (B, P)
+    one, other = patch[:, :, None], patch[:, None, :]
+    label = (one == other).long()
+    return label.masked_fill((one == IGNORE) | (other == IGNORE), IGNORE)
+
+
+def affinity_loss(prob, label, weight=None):
+    """Same-class pairs towards 1, different pairs towards 0, each side with half the weight.
+
+    prob (B, P, P) in [0, 1]; label (B, P, P) in {0, 1, 255}; weight (B,) of each image, 1 if absent. Returns (): with
+    n1, n0 the pairs of the batch,  0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1).
+    """
+    same, different = (label == 1).to(prob), (label == 0).to(prob)
+    share = torch.ones(len(prob)).to(prob) if weight is None else weight.to(prob)
+    attract = ((1 - prob) * same).sum((1, 2)) @ share / (same.sum() + 1)
+    repel = (prob * different).sum((1, 2)) @ share / (different.sum() + 1)
+    return 0.5 * attract + 0.5 * repel
+
+
+def aream_loss(affinity_logits, label, w_hat, supervised):
+    """Mean over the supervised layers of w_hat^l times the affinity loss of that layer.
+
+    affinity_logits: L maps (B, N, N); label (B, P, P); w_hat (B, L) or (L,), no gradient; supervised: layer indices.
+    """
+    w_hat = w_hat.detach().expand(len(label), -1)
+    losses = [affinity_loss(patch_block(affinity_logits[l], label.shape[-1]).sigmoid(), label, w_hat[:, l])
+              for l in supervised]
+    return torch.stack(losses).mean()
+
+
+def classification_loss(class_logits, patch_logits, labels):
+    """Multi-label soft margin on both logits (B, C) -> ()."""
+    labels = labels.to(class_logits)
+    return F.multilabel_soft_margin_loss(class_logits, labels) + F.multilabel_soft_margin_loss(patch_logits, labels)

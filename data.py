@@ -1,0 +1,571 @@
+"""Datasets, image labels, transforms, and every file a stage writes, with its one writer and one reader.
+
+Reads  <root>/VOCdevkit/VOC2012 and <root>/COCO2014 in their official layouts (README), splits/*.txt; makes `toy`.
+Writes what the stages ask it to, first under a temporary name: runs/<data>/{cls, cam, pseudo, seg, pred}.
+Run    nothing by itself; python data.py would print nothing.
+Expect ValueError or FileNotFoundError, with the file and the remedy, on anything that is not as it should be.
+
+A dataset has .name, .classes (C names), .ids, and image(id), labels(id), mask(id), size(id). Image labels come from
+the annotation lists (XML, JSON), never from masks; mask() is ground truth and called by evaluate.py alone.
+"""
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+IGNORE = 255
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+TOY_CLASSES = ("bars", "columns", "diagonals", "checks", "dots", "rings")
+TOY_SIZES = {"train": 600, "val": 150}
+DATASETS = ("VOC2012", "COCO2014", "toy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+# ---------------------------------------------------------------------------------------------------------------------
+def mask_value(class_index):
+    """Class index 0..C-1 -> mask value 1..C (0 is background). The only place where the two differ."""
+    return class_index + 1
+
+
+def read_image(path):
+    """An RGB PIL image, fully decoded. Raises FileNotFoundError, or ValueError if the file is broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable image ({error}); fetch or extract it again") from error
+
+
+class VOC2012:
+    """PASCAL VOC 2012. Splits: train (1,464), trainaug (10,582, masks of SBD), val (1,449)."""
+
+    name, classes, mean_size = "VOC2012", VOC_CLASSES, 500
+
+    def __init__(self, root, split, _cache=None):
+        self.root, self.split = Path(root) / "VOCdevkit" / "VOC2012", split
+        need_folder(self.root / "JPEGImages", "extract VOCtrainval_11-May-2012.tar under --data-root")
+        own = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        shipped = Path(__file__).parent / "splits" / f"voc2012_{split}.txt"
+        self.list = own if own.is_file() else shipped
+        if not self.list.is_file():
+            raise FileNotFoundError(f"no split {split!r}: neither {own} nor {shipped} exists; use train, trainaug or val")
+        self.ids = self.list.read_text(encoding="utf-8").split()
+        have = {name[:-4] for name in os.listdir(self.root / "JPEGImages") if name.endswith(".jpg")}
+        if missing := [name for name in self.ids if name not in have]:
+            raise FileNotFoundError(
+                f"{self.list} names {len(missing)} images that are not in {self.root / 'JPEGImages'}, "
+                f"first {missing[0]!r}; complete the download, or put a shorter list at {own}")
+
+    def image(self, name):
+        return read_image(self.root / "JPEGImages" / f"{name}.jpg")
+
+    def labels(self, name):
+        """Indices of the classes in the image: every object of the XML, difficult ones included."""
+        path = self.root / "Annotations" / f"{name}.xml"
+        try:
+            names = [o.findtext("name") for o in ElementTree.parse(path).getroot().findall("object")]
+        except ElementTree.ParseError as error:
+            raise ValueError(f"{path} is not readable XML ({error})") from error
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} is missing: image labels come from the XML of VOC's Annotations") from None
+        if unknown := [n for n in names if n not in self.classes]:
+            raise ValueError(f"{path} names the class {unknown[0]!r}, which VOC 2012 does not have")
+        if not names:
+            raise ValueError(f"{path} names no object: an image without labels teaches nothing, drop it from {self.list}")
+        return sorted({self.classes.index(n) for n in names})
+
+    def mask(self, name):
+        folders = ["SegmentationClass"] + ["SegmentationClassAug"] * (self.split == "trainaug")
+        for folder in folders:
+            if (path := self.root / folder / f"{name}.png").is_file():
+                return read_mask(path)
+        raise FileNotFoundError(f"no ground truth for {name} in {' or '.join(str(self.root / f) for f in folders)}")
+
+    def ground_truth_folders(self):
+        return [self.root / "SegmentationClass", self.root / "SegmentationClassAug"]
+
+
+class COCO2014:
+    """MS COCO 2014 on its instance annotations, 80 classes. Splits: train, val (images with at least one object)."""
+
+    name, mean_size = "COCO2014", 640
+
+    def __init__(self, root, split, cache=None):
+        self.root, self.split, self.cache = Path(root) / "COCO2014", split, cache
+        if split not in ("train", "val"):
+            raise FileNotFoundError(f"no split {split!r} in COCO 2014: use train or val")
+        need_folder(self.root / f"{split}2014", f"extract {split}2014.zip of cocodataset.org there")
+        self.json = self.root / "annotations" / f"instances_{split}2014.json"
+        record = read_json(self.json, "extract annotations_trainval2014.zip of cocodataset.org under COCO2014")
+        try:
+            categories = sorted((c["id"], c["name"]) for c in record["categories"])
+            self.classes = tuple(name for _, name in categories)
+            index = {identity: i for i, (identity, _) in enumerate(categories)}
+            self._size = {Path(i["file_name"]).stem: (i["height"], i["width"]) for i in record["images"]}
+            name_of = {i["id"]: Path(i["file_name"]).stem for i in record["images"]}
+            self._objects = defaultdict(list)  # image -> [(area, class index, segmentation)]
+            for a in record["annotations"]:
+                if a["category_id"] not in index:
+                    raise ValueError(f"{self.json}: annotation {a['id']} has the unknown category {a['category_id']}")
+                if a["image_id"] in name_of:
+                    self._objects[name_of[a["image_id"]]].append((a["area"], index[a["category_id"]], a["segmentation"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.json} is not a COCO instances file ({type(error).__name__}: {error})") from error
+        self.ids = sorted(self._objects)
+        self.without_objects = len(name_of) - len(self.ids)
+        have = {Path(name).stem for name in os.listdir(self.root / f"{split}2014")}
+        if missing := [name for name in self.ids if name not in have]:
+            raise FileNotFoundError(f"{self.json} names {len(missing)} images that are not in "
+                                    f"{self.root / f'{split}2014'}, first {missing[0]!r}; complete the download")
+
+    def image(self, name):
+        return read_image(self.root / f"{self.split}2014" / f"{name}.jpg")
+
+    def labels(self, name):
+        return sorted({index for _, index, _ in self._objects[name]})
+
+    def mask(self, name):
+        """The objects rasterised, smaller ones over larger ones, and cached as PNG where a cache folder is given."""
+        if self.cache is None:
+            return self.rasterise(name)
+        path = Path(self.cache) / self.split / f"{name}.png"
+        if not path.is_file():
+            write_mask(path, self.rasterise(name))
+        return read_mask(path)
+
+    def rasterise(self, name):
+        H, W = self._size[name]
+        canvas = Image.new("L", (W, H), 0)
+        for _, index, segmentation in sorted(self._objects[name], key=lambda o: -o[0]):
+            if isinstance(segmentation, dict):  # run lengths: crowds
+                canvas.paste(mask_value(index), mask=Image.fromarray(decode_rle(segmentation, H, W) * np.uint8(255)))
+            else:
+                for polygon in segmentation:
+                    if len(polygon) >= 6:
+                        ImageDraw.Draw(canvas).polygon(polygon, fill=mask_value(index))
+        return np.array(canvas)
+
+    def ground_truth_folders(self):
+        return [Path(self.cache)] if self.cache else []
+
+
+def decode_rle(segmentation, H, W):
+    """COCO run lengths (a list, or the compressed string), column by column, -> (H, W) uint8 in {0, 1}."""
+    counts = segmentation["counts"]
+    if isinstance(counts, str):  # 5 bits a character, bit 5: more follow; from the third count on, deltas to two before
+        values, value, shift = [], 0, 0
+        for character in counts.encode():
+            bits = character - 48
+            value |= (bits & 31) << shift
+            shift += 5
+            if not bits & 32:
+                if bits & 16:
+                    value |= -1 << shift
+                values.append(value + (values[-2] if len(values) > 2 else 0))
+                value = shift = 0
+        counts = values
+    if list(segmentation["size"]) != [H, W] or sum(counts) != H * W or min(counts, default=0) < 0:
+        raise ValueError(f"run lengths of {sum(counts)} pixels, size {segmentation['size']}, for an image of {H} x {W}")
+    flat = np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts)
+    return flat.reshape(W, H).T
+
+
+class Toy:
+    """64 x 64 images made on the fly: objects whose texture is the class, on clutter. Same index, same image.
+
+    As in photographs, the class shows in a part of the object only (a textured badge on a plain body of the same hue),
+    several objects and classes share an image, and grey bodies without a badge are part of the background.
+    """
+
+    name, classes, mean_size = "toy", TOY_CLASSES, 64
+
+    def __init__(self, root=None, split="train", _cache=None):
+        if split not in TOY_SIZES:
+            raise FileNotFoundError(f"no split {split!r} in toy: use {' or '.join(TOY_SIZES)}")
+        self.split = split
+        self.ids = [f"toy_{split}_{i:04d}" for i in range(TOY_SIZES[split])]
+
+    def image(self, name):
+        return Image.fromarray(draw_toy(name)[0])
+
+    def labels(self, name):
+        return draw_toy(name)[2]
+
+    def mask(self, name):
+        return draw_toy(name)[1].copy()
+
+    def ground_truth_folders(self):
+        return []
+
+
+@lru_cache(maxsize=None)
+def draw_toy(name):
+    """The toy image of that name: (64, 64, 3) uint8, its exact mask (64, 64) uint8, its class indices."""
+    rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
+    S = 64
+    y, x = np.mgrid[:S, :S]
+    coarse = Image.fromarray(rng.integers(40, 216, (6, 6, 3), dtype=np.uint8)).resize((S, S), Image.BICUBIC)
+    grey = np.asarray(coarse, np.float32).mean(-1, keepdims=True)
+    image = 0.55 * grey + 0.45 * np.asarray(coarse, np.float32)
+    mask = np.zeros((S, S), np.uint8)
+    for _ in range(rng.integers(2, 5)):  # clutter: bodies without a badge
+        body, _, _ = toy_body(rng, y, x, rng.uniform(5, 10))
+        image[body] = rng.uniform(40, 215) + rng.uniform(-25, 25, 3)
+    classes = set()
+    for _ in range(rng.integers(1, 4)):
+        k = int(rng.integers(len(TOY_CLASSES)))
+        radius = rng.uniform(10, 17)
+        body, cy, cx = toy_body(rng, y, x, radius)
+        if (mask[body] > 0).sum() > 0.3 * body.sum():
+            continue  # would hide another object
+        colour = toy_colour(rng)
+        u, v = y - cy, x - cx
+        texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0, (u % 5 < 3) & (v % 5 < 3),
+                   np.hypot(u, v) % 4 < 2][k]
+        image[body] = colour
+        badge = body & (np.hypot(u - rng.uniform(-3, 3), v - rng.uniform(-3, 3)) < 0.6 * radius)
+        image[badge & texture] = colour * 0.35
+        mask[body] = mask_value(k)
+        classes.add(k)
+    image = image * rng.uniform(0.85, 1.1) + rng.normal(0, 7, (S, S, 3))
+    return image.clip(0, 255).astype(np.uint8), mask, sorted(classes)
+
+
+def toy_body(rng, y, x, radius):
+    """A random ellipse or box, turned at random -> mask (S, S) bool and its centre."""
+    cy, cx = rng.uniform(radius * 0.7, y.shape[0] - radius * 0.7, 2).round()
+    angle, stretch = rng.uniform(0, math.pi), rng.uniform(0.7, 1.0)
+    u = (y - cy) * math.cos(angle) + (x - cx) * math.sin(angle)
+    v = ((x - cx) * math.cos(angle) - (y - cy) * math.sin(angle)) / stretch
+    inside = np.hypot(u, v) < radius if rng.random() < 0.5 else np.maximum(abs(u), abs(v)) < radius * 0.85
+    return inside, cy, cx
+
+
+def toy_colour(rng):
+    """A saturated colour of random hue, (3,) in 0..255."""
+    hue = rng.uniform(0, 2 * math.pi)
+    return 135 + 95 * np.cos(hue - np.array([0, 2, 4]) * math.pi / 3)
+
+
+def open_data(data, root, split, limit=None, cache=None):
+    """A dataset on one of its splits. limit: only the first so many images. cache: folder for rasterised masks.
+
+    Raises ValueError / FileNotFoundError on an unknown data set or split, a missing folder, a list naming a missing
+    image, limit < 1.
+    """
+    known = {"VOC2012": VOC2012, "COCO2014": COCO2014, "toy": Toy}
+    if data not in known:
+        raise ValueError(f"unknown data set {data!r}: use {', '.join(known)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: at least one image is needed")
+    dataset = known[data](root, split, cache)
+    if not dataset.ids:
+        raise ValueError(f"the split {split!r} of {data} is empty")
+    if len(set(dataset.ids)) < len(dataset.ids):
+        twice = next(n for n in dataset.ids if dataset.ids.count(n) > 1)
+        raise ValueError(f"the split {split!r} of {data} lists {twice!r} more than once")
+    dataset.ids = dataset.ids[:limit]
+    return dataset
+
+
+def need_folder(path, remedy):
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path}: {remedy} (see README, 'Data'), or point --data-root elsewhere")
+
+
+def label_vector(dataset, name):
+    """Image labels as (C,) float in {0, 1}."""
+    vector = torch.zeros(len(dataset.classes))
+    vector[dataset.labels(name)] = 1
+    return vector
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and transforms. Images travel as uint8 and are normalised on the device.
+# ---------------------------------------------------------------------------------------------------------------------
+def normalise(images):
+    """uint8 (B, 3, H, W) -> float, ImageNet-normalised."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+class ClassificationSet(Dataset):
+    """(image (3, size, size) uint8, labels (C,)); augmented when it is trained on, else the whole image squeezed."""
+
+    def __init__(self, dataset, size, train):
+        self.dataset = dataset
+        self.labels = torch.stack([label_vector(dataset, name) for name in dataset.ids])  # read, and checked, up front
+        augment = [v2.RandomResizedCrop(size, scale=(0.3, 1), antialias=True), v2.RandomHorizontalFlip(),
+                   v2.ColorJitter(0.4, 0.4, 0.4)]
+        self.transform = v2.Compose(augment if train else [v2.Resize((size, size), antialias=True)])
+
+    def __len__(self):
+        return len(self.dataset.ids)
+
+    def __getitem__(self, key):
+        index, seed = key
+        with seeded(seed):
+            image = self.transform(TF.pil_to_tensor(self.dataset.image(self.dataset.ids[index])))
+        return image, self.labels[index]
+
+
+class SegmentationSet(Dataset):
+    """(image (3, size, size) uint8, mask (size, size) int64) with joint scale, flip and crop; padding is 255."""
+
+    def __init__(self, dataset, masks, size, short_side=None):
+        self.dataset, self.masks = dataset, Path(masks)
+        self.transform = v2.Compose([
+            v2.ScaleJitter((short_side or size, short_side or size), scale_range=(0.5, 2.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 124, tv_tensors.Mask: IGNORE}),
+        ])
+
+    def __len__(self):
+        return len(self.dataset.ids)
+
+    def __getitem__(self, key):
+        index, seed = key
+        name = self.dataset.ids[index]
+        image, path = self.dataset.image(name), self.masks / f"{name}.png"
+        mask = read_mask(path, image.size[::-1])
+        if (bad := mask[(mask > len(self.dataset.classes)) & (mask != IGNORE)]).size:
+            raise ValueError(f"{path} holds the value {bad[0]}: {self.dataset.name} has 0..{len(self.dataset.classes)}")
+        with seeded(seed):
+            image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(mask)))
+        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long()
+
+
+@contextmanager
+def seeded(seed):
+    """Random transforms inside depend on seed alone, not on the worker, the order or what ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+class EpochSampler:
+    """Yields (index, seed) in an order, and with seeds, that depend on (seed, epoch) alone: call set_epoch."""
+
+    def __init__(self, length, seed):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        order = list(range(self.length))
+        rng.shuffle(order)
+        return iter([(index, rng.getrandbits(62)) for index in order])
+
+
+def train_loader(samples, batch, seed, workers, device):
+    """A shuffling DataLoader; call loader.sampler.set_epoch(e) before each epoch. The last short batch is dropped."""
+    if batch < 1 or batch > len(samples):
+        raise ValueError(f"--batch {batch} with {len(samples)} images: it must be between 1 and the number of images")
+    return DataLoader(samples, batch, sampler=EpochSampler(len(samples), seed), num_workers=workers, drop_last=True,
+                      pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Artefacts: one writer, one reader each
+# ---------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def replacing(path):
+    """Yields a temporary path in the same folder; it takes the place of path only when the block went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1)
+def palette():
+    """The PASCAL VOC colour map as 768 ints: bits of the index spread over the high bits of R, G, B."""
+    spread = lambda index, channel: sum((index >> (3 * j + channel) & 1) << (7 - j) for j in range(3))
+    return [spread(index, channel) for index in range(256) for channel in range(3)]
+
+
+def write_mask(path, mask):
+    """(H, W) uint8 -> palette PNG (0 background, 1..C, 255 ignore)."""
+    image = Image.fromarray(np.asarray(mask, np.uint8))
+    image.putpalette(palette())
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def read_mask(path, size=None):
+    """A mask as (H, W) uint8. size: the (H, W) it must have. Raises FileNotFoundError / ValueError."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise ValueError(f"mode {image.mode}, but masks are 8-bit palette or grey")
+            mask = np.array(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable mask ({error})") from error
+    if size is not None and mask.shape != tuple(size):
+        raise ValueError(f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image is {size[0]} x {size[1]}")
+    return mask
+
+
+def write_cam(path, class_ids, cam, size):
+    """class_ids (K,) of the present classes, cam (K, h, w) in [0, 1], size = (H, W) of the image -> .npz, float16."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, class_ids=np.asarray(class_ids, np.int16), cam=np.asarray(cam, np.float16),
+                 size=np.asarray(size, np.int32))
+
+
+def read_cam(path):
+    """-> class_ids (K,) int64 tensor, cam (K, h, w) float32 tensor, (H, W)."""
+    try:
+        with np.load(path, allow_pickle=False) as record:
+            class_ids, cam, (H, W) = record["class_ids"], record["cam"], record["size"]
+            assert cam.ndim == 3 and len(class_ids) == len(cam)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable CAM file ({type(error).__name__}: {error}); delete it and run "
+                         f"refine.py --resume") from error
+    return torch.from_numpy(class_ids.astype(np.int64)), torch.from_numpy(cam.astype(np.float32)), (int(H), int(W))
+
+
+def read_json(path, remedy):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {path}: {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); {remedy}") from error
+
+
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def append_result(out, record):
+    """Append a record to <out>/results.json, a list."""
+    path = Path(out) / "results.json"
+    records = read_json(path, "delete it to start a new list") if path.is_file() else []
+    write_json(path, records + [record])
+
+
+def log_line(folder, record):
+    """One training log line: printed for people, appended to <folder>/log.jsonl for programs."""
+    with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
+
+
+def write_checkpoint(path, state):
+    """Plain types and tensors only, so that read_checkpoint can refuse everything else."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_checkpoint(path, stage, data=None):
+    """A checkpoint of stage ("cls" or "seg"), on the CPU. data: the data set it must be of.
+
+    Raises FileNotFoundError with the command that makes it; ValueError if unreadable or of something else.
+    """
+    command = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: make it with  python {command} --data {data or 'VOC2012'}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        config = state["config"]
+        if state["stage"] != stage:
+            raise ValueError(f"it is of stage {state['stage']!r}, not {stage!r}")
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of {command} ({str(error).splitlines()[0][:200]})") from error
+    if data is not None and config["data"] != data:
+        raise ValueError(f"{path} was trained on {config['data']}, not on {data}: give the --out of a {data} run")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line that all stages share
+# ---------------------------------------------------------------------------------------------------------------------
+def common_arguments(parser):
+    add = parser.add_argument
+    add("--data", default="VOC2012", choices=DATASETS)
+    add("--data-root", default="data", help="folder that holds VOCdevkit/VOC2012 or COCO2014")
+    add("--out", help="output folder (default runs/<data>)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="data loading processes")
+    add("--limit", type=int, help="use only the first so many images of each split")
+    add("--resume", action="store_true", help="go on where an interrupted run stopped")
+    add("--overwrite", action="store_true", help="replace what an earlier run wrote")
+
+
+def start(args):
+    """The device, after checking that it is there; sets the seed and args.out."""
+    args.out = Path(args.out or Path("runs") / args.data)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: not a device ({str(error).splitlines()[0]})") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this torch sees no CUDA GPU; use --device cpu or install a CUDA build")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
+    torch.manual_seed(args.seed)
+    return device
+
+
+def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root")):
+    """Make a stage's folder and its args.json.
+
+    A folder in use needs --resume (same settings, else ValueError) or --overwrite (its files are deleted).
+    """
+    folder = Path(folder)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in keep}
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and args.resume and (folder / "args.json").is_file():
+        before = read_json(folder / "args.json", "delete the folder to start again")
+        if changed := [k for k in settings if before.get(k) != settings[k]]:
+            raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was "
+                             f"{before.get(changed[0])!r}, now {settings[changed[0]]!r}; repeat the settings or use another --out")
+    elif used and args.overwrite:
+        shutil.rmtree(folder)
+    elif used:
+        raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, or choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "args.json", settings)
+
+
+def autocast(device):
+    """bfloat16 autocast on CUDA, nothing on the CPU."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")

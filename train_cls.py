@@ -1,0 +1,223 @@
+"""Stage 1: the classifier, first plain (warm-up), then with the AReAM affinity loss.
+
+Reads  images and image-level labels of --split; DeiT weights (--pretrained).
+Writes <out>/cls/{args.json, log.jsonl, last.pt, warmup.pt}: warmup.pt is the state at the end of the warm-up, from
+       which another run can start with --branch-from.
+Run    python train_cls.py --data VOC2012                   (the paper's run)
+Expect not yet measured.
+"""
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import aream
+import data
+import model as vit
+from refine import pseudo_label
+
+PAPER = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto", split="trainaug",
+             deep_from=7, affinity_weight=0.1, lr=None)
+RECIPES = {  # defaults that differ from the paper's VOC run
+    "VOC2012": {},
+    "COCO2014": dict(split="train"),
+    "toy": dict(preset="toy", size=64, batch=32, epochs=45, warmup_epochs=30, pretrained="none", split="train",
+                deep_from=2, affinity_weight=0.5, lr=1e-3),
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    data.common_arguments(parser)
+    add("--split", help="images to train on (default: trainaug of VOC2012, else train)")
+    add("--preset", choices=vit.PRESETS, help="default deit_small, toy for --data toy")
+    add("--depth", type=int, help="use the first blocks only")
+    add("--pretrained", help="auto: download DeiT's ImageNet-1k weights; a path; none: from scratch")
+    add("--branch-from", metavar="CKPT", help="go on from this checkpoint of another run, with this run's settings")
+    add("--size", type=int, help="pixels a side of a training crop")
+    add("--batch", type=int)
+    add("--epochs", type=int)
+    add("--warmup-epochs", type=int, help="epochs without the AReAM loss")
+    add("--lr", type=float, help="default 5e-4 * batch / 512; 1e-3 for toy")
+    add("--weight-decay", type=float, default=0.05)
+    add("--drop-path", type=float, default=0.1)
+    add("--reactivation", choices=aream.REACTIVATION, default="entropy", help="none: the plain classifier")
+    add("--entropy", choices=("online", "static"), default="online",
+        help="per image in each step, or averaged over the training images once, at the end of the warm-up")
+    add("--coupling", choices=("all", "split"), default="all",
+        help="every layer guides and is supervised, or those below --deep-from guide the others")
+    add("--deep-from", type=int, help="first deep layer, 0-based (default 7; 2 for toy)")
+    add("--affinity-weight", type=float, help="of the AReAM loss (default 0.1; 0.5 for toy)")
+    add("--low", type=float, default=0.35, help="low background score of the pseudo-label")
+    add("--high", type=float, default=0.55, help="high background score")
+    args = parser.parse_args(argv)
+    for key, value in {**PAPER, **RECIPES[args.data]}.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.lr is None:
+        args.lr = 5e-4 * args.batch / 512
+    if not 0 <= args.warmup_epochs <= args.epochs or args.epochs < 1:
+        parser.error(f"--epochs {args.epochs} --warmup-epochs {args.warmup_epochs}: 0 <= warm-up <= epochs, epochs >= 1")
+    return args
+
+
+@torch.no_grad()
+def label_step(model, pixels, labels, guide, args, entropy=None):
+    """The affinity labels and counterpart weights of a batch, from the current model in eval mode.
+
+    pixels (B, 3, H, W) uint8; labels (B, C); entropy (L,) in bits replaces each image's own (--entropy static).
+    Returns label (B, P, P) in {0, 1, 255}, w_hat (B, L), mask (B, H, W). The image and its mirror image are both seen.
+    """
+    images, B = data.normalise(pixels), len(pixels)
+    model.eval()
+    with data.autocast(pixels.device):
+        out = model(torch.cat([images, images.flip(-1)]), "affinity")
+    model.train()
+    if entropy is None:
+        both = aream.layer_entropy(out.cam, out.affinity, labels.repeat(2, 1))  # (2B, L)
+        entropy = both.view(2, B, -1).mean(0)
+    w, w_hat = aream.reactivation_weights(entropy.expand(B, -1), args.reactivation)
+    guided = aream.guided_cam(out.cam, out.affinity, w.repeat(2, 1), guide)  # (2B, C, gh, gw)
+    cam = guided[:B] + guided[B:].flip(-1)
+    size = [side // 2 for side in pixels.shape[-2:]]  # PAR works at half size
+    cam = aream.normalise_cam(F.interpolate(cam, size=size, mode="bilinear", align_corners=False), labels)
+    mask = pseudo_label(pixels.float() / 255, cam, labels, args.low, args.high)
+    return aream.affinity_label(mask, out.cam.shape[-2:]), w_hat, mask
+
+
+@torch.no_grad()
+def mean_entropy(model, loader, device):
+    """Layer entropy averaged over the images of a loader -> (L,) bits."""
+    model.eval()
+    total, count = 0, 0
+    for pixels, labels in loader:
+        with data.autocast(device):
+            out = model(data.normalise(pixels.to(device)), "affinity")
+        total = total + aream.layer_entropy(out.cam, out.affinity, labels.to(device)).sum(0)
+        count += len(labels)
+    model.train()
+    return total / count
+
+
+@torch.no_grad()
+def validate(model, dataset, args, device):
+    """Class mAP in percent on a split (mean over classes that occur of the average precision over images)."""
+    samples = data.ClassificationSet(dataset, args.size, train=False)
+    batches = torch.utils.data.DataLoader([(i, 0) for i in range(len(samples))], args.batch,
+                                          collate_fn=lambda keys: [samples[k] for k in keys], num_workers=0)
+    model.eval()
+    logits, target = [], []
+    for batch in batches:
+        pixels, labels = torch.stack([b[0] for b in batch]).to(device), torch.stack([b[1] for b in batch])
+        with data.autocast(device):
+            out = model(data.normalise(pixels))
+        logits.append((out.class_logits + out.patch_logits).float().cpu())
+        target.append(labels)
+    model.train()
+    return 100 * mean_average_precision(torch.cat(logits), torch.cat(target))
+
+
+def mean_average_precision(logits, labels):
+    """logits, labels (images, C) -> mean over the classes that occur of average precision, in [0, 1]."""
+    precisions = []
+    for score, label in zip(logits.T, labels.T):
+        if label.any():
+            hit = label[score.argsort(descending=True)]
+            rank = torch.arange(1, len(hit) + 1)
+            precisions.append(((hit.cumsum(0) / rank) * hit).sum() / hit.sum())
+    return torch.stack(precisions).mean().item()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = data.start(args)
+    dataset = data.open_data(args.data, args.data_root, args.split, args.limit)
+    samples = data.ClassificationSet(dataset, args.size, train=True)
+    loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
+    model = vit.build(args.preset, len(dataset.classes), depth=args.depth, image_size=args.size)
+    guide, supervised = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
+    folder = args.out / "cls"
+    state = None
+    if args.resume and (folder / "last.pt").is_file():
+        state = data.read_checkpoint(folder / "last.pt", "cls", args.data)
+    elif args.branch_from:
+        state = data.read_checkpoint(args.branch_from, "cls", args.data)
+    elif args.pretrained != "none":
+        vit.load_pretrained(model, args.pretrained)
+    model.to(device).set_drop_path(args.drop_path)
+    no_decay = [p for n, p in model.named_parameters() if p.ndim < 2 or "token" in n or "pos_embed" in n]
+    decay = [p for n, p in model.named_parameters() if not (p.ndim < 2 or "token" in n or "pos_embed" in n)]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
+                                   {"params": no_decay, "weight_decay": 0.0}], lr=args.lr)
+    first, entropy = 0, None
+    if state:
+        config = {k: state["config"][k] for k in ("preset", "depth", "size")}
+        if config != {k: getattr(args, k) for k in config}:
+            raise ValueError(f"the checkpoint to go on from has {config}; give the same settings")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, entropy = state["epoch"], state["entropy"]
+    data.prepare_folder(folder, args)
+    config = {"data": args.data, "classes": list(dataset.classes),
+              **{k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, type(None)))}}
+    per_epoch = len(loader)
+
+    def save(name, epoch):
+        data.write_checkpoint(folder / name, {
+            "stage": "cls", "config": config, "epoch": epoch, "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "entropy": entropy.cpu() if entropy is not None else None})
+
+    begin = time.time()
+    for epoch in range(first, args.epochs):
+        active = args.reactivation != "none" and epoch >= args.warmup_epochs
+        loader.sampler.set_epoch(epoch)
+        torch.manual_seed(args.seed * 100_003 + epoch)  # drop-path; a resumed epoch repeats it
+        if active and args.entropy == "static" and entropy is None:
+            entropy = mean_entropy(model, loader, device).to(device)
+        model.train()
+        sums, epoch_begin = torch.zeros(2, device=device), time.time()
+        for step, (pixels, labels) in enumerate(loader):
+            pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            done = (epoch + step / per_epoch) / args.epochs
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * done))
+            if active:
+                fixed = entropy.to(device) if args.entropy == "static" else None
+                label, w_hat, _ = label_step(model, pixels, labels, guide, args, fixed)
+            with data.autocast(device):
+                out = model(data.normalise(pixels), "logits" if active else False)
+            cls_loss = aream.classification_loss(out.class_logits.float(), out.patch_logits.float(), labels)
+            aff_loss = (aream.aream_loss(out.affinity_logits, label, w_hat, supervised) if active
+                        else torch.zeros((), device=device))
+            loss = cls_loss + args.affinity_weight * aff_loss
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"loss {loss.item()} in epoch {epoch + 1}, step {step}: stopped; the last good "
+                                         f"state is in {folder}; lower --lr or look at the images of this step")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            sums += torch.stack([cls_loss.detach(), aff_loss.detach()])
+            if step % 20 == 19:
+                rate = (step + 1) * args.batch / (time.time() - epoch_begin)
+                print(f"\r  step {step + 1}/{per_epoch}  loss {loss.item():.4f}  {rate:.1f} images/s", end="", flush=True)
+        seconds = time.time() - epoch_begin
+        cls_mean, aff_mean = (sums / per_epoch).tolist()
+        print("\r" + " " * 60, end="\r")
+        left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
+        data.log_line(folder, {"epoch": epoch + 1, "cls_loss": cls_mean, "aff_loss": aff_mean,
+                               "lr": optimizer.param_groups[0]["lr"], "images/s": per_epoch * args.batch / seconds,
+                               "minutes_left": left / 60})
+        save("last.pt", epoch + 1)
+        if epoch + 1 == args.warmup_epochs:
+            save("warmup.pt", epoch + 1)
+    val = data.open_data(args.data, args.data_root, "val", args.limit)
+    print(f"class mAP on val (information only, nothing is chosen by it): {validate(model, val, args, device):.1f}")
+    print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on {device}")
+
+
+if __name__ == "__main__":
+    main()
