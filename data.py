@@ -194,8 +194,8 @@ def decode_rle(segmentation, H, W):
 class Toy:
     """64 x 64 images made on the fly: objects whose texture is the class, on clutter. Same index, same image.
 
-    As in photographs, the class shows in a part of the object only (a textured badge on a plain body of the same hue),
-    several objects and classes share an image, and grey bodies without a badge are part of the background.
+    As in photographs, the class shows best in a part of the object (a textured badge on a plain body, whose hue hints at
+    the class), several objects and classes share an image, and grey bodies without a badge are background.
     """
 
     name, classes, mean_size = "toy", TOY_CLASSES, 64
@@ -239,7 +239,7 @@ def draw_toy(name):
         body, cy, cx = toy_body(rng, y, x, radius)
         if (mask[body] > 0).sum() > 0.3 * body.sum():
             continue  # would hide another object
-        colour = toy_colour(rng)
+        colour = toy_colour(2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.6))
         u, v = y - cy, x - cx
         texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0, (u % 5 < 3) & (v % 5 < 3),
                    np.hypot(u, v) % 4 < 2][k]
@@ -262,9 +262,8 @@ def toy_body(rng, y, x, radius):
     return inside, cy, cx
 
 
-def toy_colour(rng):
-    """A saturated colour of random hue, (3,) in 0..255."""
-    hue = rng.uniform(0, 2 * math.pi)
+def toy_colour(hue):
+    """A saturated colour of that hue (radians), (3,) in 0..255."""
     return 135 + 95 * np.cos(hue - np.array([0, 2, 4]) * math.pi / 3)
 
 
@@ -390,6 +389,11 @@ def train_loader(samples, batch, seed, workers, device):
         raise ValueError(f"--batch {batch} with {len(samples)} images: it must be between 1 and the number of images")
     return DataLoader(samples, batch, sampler=EpochSampler(len(samples), seed), num_workers=workers, drop_last=True,
                       pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+
+
+def plain_loader(samples, batch, workers):
+    """Every sample once, in order."""
+    return DataLoader(samples, batch, sampler=[(index, 0) for index in range(len(samples))], num_workers=workers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

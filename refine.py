@@ -7,10 +7,12 @@ Expect not yet measured.
 """
 import argparse
 import time
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import aream
 import data
@@ -59,9 +61,12 @@ def par_kernel(images, dilations=DILATIONS):
     """
     images = images.float()
     padded = F.pad(images, [max(dilations)] * 4, mode="replicate")
-    near = torch.stack(list(neighbours(padded, dilations, images.shape[-2:])), 2)  # (B, 3, n, H, W)
-    std = near.std(2, keepdim=True)
-    colour = -((near - images[:, :, None]).abs() / (std + 1e-8) / 0.3).square().mean(1)  # (B, n, H, W)
+    step = torch.stack(list(neighbours(padded, dilations, images.shape[-2:])), 2) - images[:, :, None]  # (B, 3, n, H, W)
+    square = step.square()
+    n = step.shape[2]  # std over the neighbours, from the steps: shifting all of them by I does not change it
+    variance = (square.sum(2) - step.sum(2).square() / n).clamp_min(0) / (n - 1)
+    weight = -1 / (3 * (0.3 * (variance.sqrt() + 1e-8)).square())  # (B, 3, H, W), the mean over RGB included
+    colour = (square * weight[:, :, None]).sum(1)  # (B, n, H, W)
     distance = torch.tensor([d * (2.0**0.5 if dy and dx else 1.0) for d in dilations for dy, dx in NEIGHBOURS])
     place = -(distance / (distance.std() + 1e-8) / 0.3).square()  # (n,)
     return colour.softmax(1) + 0.01 * place.softmax(0).to(images.device).view(1, -1, 1, 1)
@@ -75,8 +80,10 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=10):
     """
     if images.shape[-2:] != score.shape[-2:]:
         raise ValueError(f"images are {tuple(images.shape[-2:])} and scores {tuple(score.shape[-2:])} pixels: resize one")
-    if images.device.type == "cpu" and len(images) > 1:  # one image at a time stays in the processor's cache
-        return torch.cat([pixel_adaptive_refine(i[None], s[None], dilations, iterations) for i, s in zip(images, score)])
+    chunk = max(1, 2**14 // images[0, 0].numel())
+    if images.device.type == "cpu" and len(images) > chunk:  # a few at a time: what stays in the cache is much faster
+        return torch.cat([pixel_adaptive_refine(*part, dilations, iterations)
+                          for part in zip(images.split(chunk), score.split(chunk))])
     kernel = par_kernel(images, dilations)
     score = score.float()
     for _ in range(iterations):
@@ -114,3 +121,176 @@ def pseudo_label(images, cam, labels, low=0.35, high=0.55):
     values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)  # (B, K + 1)
     at_low, at_high = (values.gather(1, s.argmax(1).flatten(1)).view(-1, H, W) for s in score.chunk(2, 1))
     return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CAMs of whole images
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_layers(text, depth):
+    """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> tuple of layer indices."""
+    if text in ("all", "none"):
+        return tuple(range(depth)) if text == "all" else ()
+    try:
+        layers = []
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        layers = []
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        raise ValueError(f"--layers {text!r}: use all, none or something like 0-6 or 3,7 within 0-{depth - 1}")
+    return tuple(sorted(set(layers)))
+
+
+@torch.no_grad()
+def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1):
+    """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
+
+    pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
+    the class-attended CAM as it is). Every scale is seen with its mirror image, padded to whole patches and cropped.
+    Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
+    """
+    H, W = pixels.shape[-2:]
+    small = (-(-H // 4), -(-W // 4))
+    total = {name: 0 for name in variants}
+    images = data.normalise(pixels[None])
+    for scale in scales:
+        h, w = max(1, round(H * scale)), max(1, round(W * scale))
+        scaled = F.interpolate(images, size=(h, w), mode="bilinear", align_corners=False) if scale != 1 else images
+        scaled = torch.cat([scaled, scaled.flip(-1)])
+        padded = F.pad(scaled, [0, -w % model.patch, 0, -h % model.patch], mode="replicate")
+        with data.autocast(pixels.device):
+            out = model(padded, "affinity")
+        attended = aream.class_attended_cam(out.cam, out.affinity)[:, class_ids]  # (2, K, gh, gw)
+        blocks = [aream.patch_block(a, attended.shape[-2] * attended.shape[-1]) for a in out.affinity]
+        for name, layers in variants.items():
+            cam = attended
+            if layers:
+                cam = random_walk(attended, sum(blocks[l] for l in layers) / len(layers), beta, steps)
+            cam = F.interpolate(cam, size=padded.shape[-2:], mode="bilinear", align_corners=False)[..., :h, :w]
+            cam = cam[:1] + cam[1:].flip(-1)
+            total[name] = total[name] + F.interpolate(cam, size=small, mode="bilinear", align_corners=False)
+    return {name: aream.normalise_cam(cam, torch.ones_like(cam[..., 0, 0]))[0] for name, cam in total.items()}
+
+
+def pseudo_mask(pixels, class_ids, cam, low, high):
+    """One image's pseudo-mask: pixels (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
+    present = torch.ones(1, len(cam), device=cam.device)
+    local = pseudo_label(pixels[None].float() / 255, cam[None], present, low, high)[0]  # values 0, 1..K, 255
+    values = torch.full((256,), data.IGNORE, device=cam.device)
+    values[0] = 0
+    values[1:len(cam) + 1] = data.mask_value(torch.as_tensor(class_ids, device=cam.device))
+    return values[local]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+def heat(pixels, cam):
+    """A CAM over its photo: pixels (H, W, 3) uint8, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue to red."""
+    cam = F.interpolate(torch.as_tensor(cam)[None, None].float().cpu(), size=pixels.shape[:2], mode="bilinear")[0, 0].numpy()
+    colour = np.stack([np.clip(1.5 - abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], -1) * 255
+    return (0.45 * pixels + 0.55 * colour).astype(np.uint8)
+
+
+def paint(mask):
+    """(H, W) mask -> (H, W, 3) uint8 in the VOC colours."""
+    return np.array(data.palette(), np.uint8).reshape(256, 3)[np.asarray(mask)]
+
+
+def contact_sheet(path, titles, rows, cell=160):
+    """Rows of (H, W, 3) uint8 pictures under column titles -> one PNG."""
+    sheet = Image.new("RGB", (cell * len(titles), 18 + cell * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, title in enumerate(titles):
+        draw.text((x * cell + 4, 3), title, fill="black")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            picture = Image.fromarray(picture)
+            scale = (cell - 4) / max(picture.size)
+            picture = picture.resize([max(1, round(s * scale)) for s in picture.size], Image.NEAREST if scale > 1 else Image.LANCZOS)
+            sheet.paste(picture, (x * cell + (cell - picture.width) // 2, 18 + y * cell + (cell - picture.height) // 2))
+    with data.replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+# ---------------------------------------------------------------------------------------------------------------------
+def load_classifier(path, data_name, device):
+    """The stage-1 model of a checkpoint, in eval mode, and its config."""
+    state = data.read_checkpoint(path, "cls", data_name)
+    config = state["config"]
+    model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"], image_size=config["size"])
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), config
+
+
+def refine_arguments(parser):
+    add = parser.add_argument
+    add("--scales", type=float, nargs="+", help="default 0.5 1 1.5; 1 for toy")
+    add("--beta", type=float, default=1.0, help="random walk: power of the affinity")
+    add("--steps", type=int, default=1, help="random walk: number of steps")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data.common_arguments(parser)
+    refine_arguments(parser)
+    add = parser.add_argument
+    add("--split", help="default: trainaug of VOC2012, else train")
+    add("--layers", default="all", help="layers whose mean affinity refines: all, none, or like 0-6")
+    add("--low", type=float, default=0.35, help="low background score")
+    add("--high", type=float, default=0.55, help="high background score; between the two lies the band of 255")
+    add("--pictures", type=int, default=0, metavar="N", help="also write a contact sheet of the first N images")
+    return finish_args(parser.parse_args(argv))
+
+
+def finish_args(args):
+    args.split = args.split or ("trainaug" if args.data == "VOC2012" else "train")
+    args.scales = args.scales or ([1.0] if args.data == "toy" else [0.5, 1.0, 1.5])
+    if min(args.scales) <= 0:
+        raise ValueError(f"--scales {args.scales}: every scale must be above 0")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = data.start(args)
+    dataset = data.open_data(args.data, args.data_root, args.split, args.limit)
+    model, _ = load_classifier(args.out / "cls" / "last.pt", args.data, device)
+    variants = {"seed": parse_layers(args.layers, len(model.blocks))}
+    cams, masks = args.out / "cam", args.out / "pseudo"
+    for folder in (cams, masks):
+        data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "pictures"))
+    begin, made = time.time(), 0
+    for i, name in enumerate(dataset.ids):
+        if (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file():
+            continue
+        pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
+        cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)["seed"]
+        mask = pseudo_mask(pixels, class_ids, cam, args.low, args.high)
+        data.write_cam(cams / f"{name}.npz", class_ids, cam.cpu(), pixels.shape[-2:])
+        data.write_mask(masks / f"{name}.png", mask.cpu().numpy())
+        made += 1
+        if made % 20 == 0:
+            rate = made / (time.time() - begin)
+            print(f"\r  {i + 1}/{len(dataset.ids)}  {rate:.1f} images/s  {(len(dataset.ids) - i) / rate / 60:.1f} minutes left ",
+                  end="", flush=True)
+    missing = [n for n in dataset.ids if not ((cams / f"{n}.npz").is_file() and (masks / f"{n}.png").is_file())]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} images have no CAM or pseudo-mask, first {missing[0]}: run with --resume")
+    print()
+    data.log_line(masks, {"images": len(dataset.ids), "made": made, "seconds": time.time() - begin})
+    if args.pictures:
+        rows = []
+        for name in dataset.ids[:args.pictures]:
+            photo = np.asarray(dataset.image(name))
+            _, cam, _ = data.read_cam(cams / f"{name}.npz")
+            rows.append([photo, heat(photo, cam.amax(0)), paint(data.read_mask(masks / f"{name}.png"))])
+        contact_sheet(args.out / "refine.png", ["photo", "refined CAM", "pseudo-mask"], rows)
+        print(f"{args.out / 'refine.png'} shows the first {len(rows)} images")
+
+
+if __name__ == "__main__":
+    main()

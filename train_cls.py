@@ -107,14 +107,11 @@ def mean_entropy(model, loader, device):
 def validate(model, dataset, args, device):
     """Class mAP in percent on a split (mean over classes that occur of the average precision over images)."""
     samples = data.ClassificationSet(dataset, args.size, train=False)
-    batches = torch.utils.data.DataLoader([(i, 0) for i in range(len(samples))], args.batch,
-                                          collate_fn=lambda keys: [samples[k] for k in keys], num_workers=0)
     model.eval()
     logits, target = [], []
-    for batch in batches:
-        pixels, labels = torch.stack([b[0] for b in batch]).to(device), torch.stack([b[1] for b in batch])
+    for pixels, labels in data.plain_loader(samples, args.batch, args.workers):
         with data.autocast(device):
-            out = model(data.normalise(pixels))
+            out = model(data.normalise(pixels.to(device)))
         logits.append((out.class_logits + out.patch_logits).float().cpu())
         target.append(labels)
     model.train()
@@ -210,7 +207,7 @@ def main(argv=None):
         left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         data.log_line(folder, {"epoch": epoch + 1, "cls_loss": cls_mean, "aff_loss": aff_mean,
                                "lr": optimizer.param_groups[0]["lr"], "images/s": per_epoch * args.batch / seconds,
-                               "minutes_left": left / 60})
+                               "minutes_left": left / 60, "seconds": seconds})
         save("last.pt", epoch + 1)
         if epoch + 1 == args.warmup_epochs:
             save("warmup.pt", epoch + 1)

@@ -1,0 +1,301 @@
+"""Stage 4: mIoU of seeds, pseudo-masks and predictions; how well each layer's affinity refines.
+
+Reads  ground truth (nothing else does) and what --what names: <out>/cam, <out>/pseudo, <out>/pred/<split>, or, for
+       layers, <out>/cls/last.pt.
+Writes a record to <out>/results.json; --what demo also <out>/demo.png.
+Run    python evaluate.py --data VOC2012 --what pred --split val
+Expect not yet measured.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import data
+import refine
+
+THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
+FIXED_THRESHOLD = 0.45  # the middle of the band 0.35 .. 0.55 of the pseudo-labels: never tuned
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+def confusion_matrix(prediction, target, num_classes):
+    """Pixel counts (M, M) int64, rows = target, M = num_classes with the background.
+
+    prediction, target: arrays or tensors of one shape, target 0..M-1 or 255 (not counted), prediction 0..M-1.
+    Raises ValueError on other shapes or values (255 in a prediction too).
+    """
+    prediction, target = torch.as_tensor(prediction).long(), torch.as_tensor(target).long()
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}")
+    valid = target != data.IGNORE
+    for values, name in ((prediction, "prediction"), (target[valid], "target")):
+        if values.numel() and (values.min() < 0 or values.max() >= num_classes):
+            raise ValueError(f"the {name} holds {int(values.max())}, allowed are 0..{num_classes - 1}")
+    index = target[valid] * num_classes + prediction[valid]
+    return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def scores(confusion, unlabelled=None):
+    """IoU, precision and recall per class (nan where undefined) and their mean IoU over classes that occur.
+
+    confusion (M, M) counts, rows = target; unlabelled (M,): target pixels given no class, which count as missed.
+    Returns {"iou", "precision", "recall": (M,) float64 in [0, 1], "miou": float}; a class occurs if the target has it.
+    """
+    confusion = torch.as_tensor(confusion).double()
+    hit, predicted, target = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
+    if unlabelled is not None:
+        target = target + unlabelled
+    iou = torch.where(target > 0, hit / (predicted + target - hit), torch.nan)
+    return {"iou": iou, "precision": hit / predicted, "recall": hit / target, "miou": iou.nanmean().item()}
+
+
+def threshold_counts(cam, values, target, num_classes):
+    """The counts from which every background threshold's confusion matrix follows.
+
+    cam (K, H, W) in [0, 1], values (K,) mask values, target (H, W). Returns (M, M, T + 1) int64: target class, winning
+    foreground class, number of THRESHOLDS that the winner's score exceeds.
+    """
+    score, winner = cam.max(0)
+    valid = target != data.IGNORE
+    exceeded = torch.bucketize(score[valid], THRESHOLDS)  # how many thresholds are < score
+    T = len(THRESHOLDS) + 1
+    index = (target[valid].long() * num_classes + values[winner[valid]]) * T + exceeded
+    return torch.bincount(index, minlength=num_classes**2 * T).view(num_classes, num_classes, T)
+
+
+def curve(counts):
+    """threshold_counts summed over images -> one confusion matrix (M, M) per threshold, (T, M, M) int64.
+
+    At threshold t a pixel takes its winning class if that scores above t, else background.
+    """
+    above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)  # (T, M, M): exceeds threshold j
+    confusion = above.clone()
+    confusion[:, :, 0] += counts.sum((1, 2)) - above.sum(2)
+    return confusion
+
+
+def summarise(counts):
+    """Fixed and best threshold of a curve: {"fixed", "best", "best_threshold"}, mIoU in percent."""
+    miou = [100 * scores(c)["miou"] for c in curve(counts)]
+    best = int(np.argmax(miou))
+    return {"fixed": miou[int(round(FIXED_THRESHOLD * 100))], "best": miou[best], "best_threshold": best / 100}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be evaluated
+# ---------------------------------------------------------------------------------------------------------------------
+def need_files(folder, ids, suffix, command):
+    """Raises FileNotFoundError that counts and names the ids without a file in folder."""
+    missing = [name for name in ids if not (folder / f"{name}{suffix}").is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(ids)} files are missing in {folder}: "
+                                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; make them with  {command}")
+
+
+def target_of(dataset, name, size=None):
+    mask = dataset.mask(name)
+    if size is not None and mask.shape != tuple(size):
+        raise ValueError(f"{name}: the ground truth is {mask.shape[0]} x {mask.shape[1]} pixels, "
+                         f"the prediction {size[0]} x {size[1]}")
+    return torch.from_numpy(mask)
+
+
+def evaluate_masks(dataset, folder, command, pseudo=False):
+    """Confusion (M, M) of the PNGs of a folder, and the pixels left unlabelled per target class (M,)."""
+    M = len(dataset.classes) + 1
+    need_files(folder, dataset.ids, ".png", command)
+    confusion, unlabelled = torch.zeros(M, M, dtype=torch.int64), torch.zeros(M, dtype=torch.int64)
+    for name in dataset.ids:
+        mask = torch.from_numpy(data.read_mask(folder / f"{name}.png"))
+        target = target_of(dataset, name, mask.shape)
+        if pseudo:
+            undecided = (mask == data.IGNORE) & (target != data.IGNORE)
+            unlabelled += torch.bincount(target[undecided].long(), minlength=M)
+            target = target.masked_fill(undecided, data.IGNORE)
+            mask = mask.masked_fill(mask == data.IGNORE, 0)
+        try:
+            confusion += confusion_matrix(mask, target, M)
+        except ValueError as error:
+            raise ValueError(f"{folder / name}.png: {error}") from error
+    return confusion, unlabelled
+
+
+def evaluate_cams(dataset, folder, command):
+    """threshold_counts summed over the CAM files of a folder."""
+    need_files(folder, dataset.ids, ".npz", command)
+    counts = 0
+    for name in dataset.ids:
+        class_ids, cam, size = data.read_cam(folder / f"{name}.npz")
+        target = target_of(dataset, name, size)
+        cam = F.interpolate(cam[None], size=size, mode="bilinear", align_corners=False)[0]
+        counts = counts + threshold_counts(cam, data.mask_value(class_ids), target, len(dataset.classes) + 1)
+    return counts
+
+
+def evaluate_layers(dataset, model, deep_from, args, device):
+    """Seed mIoU with no refinement, with each layer's affinity alone, with the shallow, deep and all layers' mean.
+
+    The paper's Figure 1, in one pass over the images. Returns name -> {"fixed", "best", "best_threshold"}.
+    """
+    depth = len(model.blocks)
+    variants = {"unrefined": (), "all layers": tuple(range(depth)), "shallow layers": tuple(range(deep_from)),
+                "deep layers": tuple(range(deep_from, depth)), **{f"layer {l}": (l,) for l in range(depth)}}
+    counts, begin = {name: 0 for name in variants}, time.time()
+    for i, name in enumerate(dataset.ids):
+        pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
+        target = target_of(dataset, name, pixels.shape[-2:])
+        cams = refine.seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)
+        values = data.mask_value(torch.tensor(class_ids))
+        stacked = torch.stack(list(cams.values())).cpu()  # (variants, K, h, w)
+        stacked = F.interpolate(stacked, size=target.shape, mode="bilinear", align_corners=False)
+        for variant, cam in zip(variants, stacked):
+            counts[variant] = counts[variant] + threshold_counts(cam, values, target, len(dataset.classes) + 1)
+        if i % 20 == 19:
+            rate = (i + 1) / (time.time() - begin)
+            print(f"\r  {i + 1}/{len(dataset.ids)}  {rate:.1f} images/s", end="", flush=True)
+    print("\r", end="")
+    return {variant: summarise(c) for variant, c in counts.items()}
+
+
+def is_ground_truth(dataset, folder):
+    """Whether a folder of masks is ground truth: one of the data set's mask folders, or a copy of its masks."""
+    folder = Path(folder).resolve()
+    if any(folder == f.resolve() for f in dataset.ground_truth_folders()):
+        return True
+    for name in dataset.ids[:20]:
+        try:
+            if not np.array_equal(data.read_mask(folder / f"{name}.png"), dataset.mask(name)):
+                return False
+        except FileNotFoundError:
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+def print_classes(dataset, result):
+    print(f"  {'class':<14} {'IoU':>6} {'prec.':>6} {'recall':>6}")
+    for i, name in enumerate(("background", *dataset.classes)):
+        if not result["iou"][i].isnan():
+            print(f"  {name:<14} " + " ".join(f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")))
+
+
+def print_layers(table):
+    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*")
+    for name, row in table.items():
+        print(f"  {name:<16} {row['fixed']:7.1f} {row['best']:7.1f}  {row['best_threshold']:.2f}")
+    print("  * chosen with pixel labels: an upper bound, not a result from image labels")
+
+
+def stage_seconds(folder):
+    """Seconds a stage took, by its log."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return sum(line.get("seconds", 0) for line in lines)
+
+
+def demo(args, device):
+    """The demonstration's table and contact sheet, from two finished runs: --before (plain) and --out (AReAM)."""
+    last = lambda out, what: [r for r in data.read_json(out / "results.json", f"evaluate.py --what {what}")
+                              if r["what"] == what][-1]
+    before, after = last(args.before, "layers")["table"], last(args.out, "layers")["table"]
+    plain, tuned = stage_seconds(args.before / "cls"), stage_seconds(args.out / "cls")
+    pseudo, pred = last(args.out, "pseudo"), last(args.out, "pred")
+    print(f"\n{'mIoU (%) on ' + args.data:<44} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>6} {'seconds':>8}")
+    for name, row, seconds in (
+            ("plain classifier, train: CAM, unrefined", before["unrefined"], plain),
+            ("  refined by its shallow layers", before["shallow layers"], None),
+            ("  refined by its deep layers", before["deep layers"], None),
+            ("  refined by all layers", before["all layers"], None),
+            ("after AReAM, train: CAM, unrefined", after["unrefined"], tuned),
+            ("  refined by its shallow layers", after["shallow layers"], None),
+            ("  refined by its deep layers", after["deep layers"], None),
+            ("  refined by all layers", after["all layers"], None)):
+        print(f"{name:<44} {row['fixed']:7.1f} {row['best']:6.1f} {'' if seconds is None else f'{seconds:8.0f}'}")
+    print(f"{'pseudo-masks, train (labelled pixels)':<44} {pseudo['labelled']:7.1f} {'':6} {stage_seconds(args.out / 'pseudo'):8.0f}")
+    print(f"{'DeepLab, val':<44} {pred['miou']:7.1f} {'':6} {stage_seconds(args.out / 'seg'):8.0f}")
+    print("* threshold chosen with pixel labels: an upper bound, not a result from image labels")
+
+    models = [refine.load_classifier(out / "cls" / "last.pt", args.data, device)[0] for out in (args.before, args.out)]
+    val = data.open_data(args.data, args.data_root, "val", cache=args.out / "masks")
+    rows = []
+    for name in val.ids[:8]:
+        photo = val.image(name)
+        pixels, class_ids, photo = pil_to_tensor(photo).to(device), val.labels(name), np.asarray(photo)
+        layers = {"raw": (), "refined": tuple(range(len(models[0].blocks)))}
+        old, new = (refine.seed_cams(m, pixels, class_ids, layers, args.scales) for m in models)
+        pseudo = refine.pseudo_mask(pixels, class_ids, new["refined"], 0.35, 0.55)
+        rows.append([photo, *(refine.heat(photo, c.amax(0)) for c in (old["raw"], old["refined"], new["refined"])),
+                     refine.paint(pseudo.cpu()), refine.paint(data.read_mask(args.out / "pred" / "val" / f"{name}.png")),
+                     refine.paint(val.mask(name))])
+    titles = ["photo (val)", "raw CAM", "refined, plain", "refined, AReAM", "pseudo-mask", "DeepLab", "ground truth"]
+    refine.contact_sheet(args.out / "demo.png", titles, rows, cell=132)
+    print(f"pictures: {args.out / 'demo.png'}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data.common_arguments(parser)
+    refine.refine_arguments(parser)
+    add = parser.add_argument
+    add("--what", required=True, choices=("cam", "pseudo", "pred", "layers", "demo"))
+    add("--split", help="default: val for pred, else train")
+    add("--before", type=Path, metavar="OUT", help="for --what demo: the --out of the plain classifier")
+    add("--deep-from", type=int, help="for --what layers: first deep layer (default: the checkpoint's)")
+    args = parser.parse_args(argv)
+    args.split = args.split or ("val" if args.what == "pred" else "train")
+    if args.what == "demo" and args.before is None:
+        parser.error("--what demo compares two runs: name the plain one with --before OUT")
+    return refine.finish_args(args)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = data.start(args)
+    begin = time.time()
+    if args.what == "demo":
+        return demo(args, device)
+    dataset = data.open_data(args.data, args.data_root, args.split, args.limit, cache=args.out / "masks")
+    M, again = len(dataset.classes) + 1, f"--data {args.data} --split {args.split} --out {args.out}"
+    record = {"what": args.what, "data": args.data, "split": args.split, "images": len(dataset.ids)}
+    title = f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
+    if args.what == "layers":
+        model, config = refine.load_classifier(args.out / "cls" / "last.pt", args.data, device)
+        deep_from = args.deep_from or config["deep_from"]
+        record["table"] = evaluate_layers(dataset, model, deep_from, args, device)
+        print(f"{title}: seed mIoU in percent, deep layers from {deep_from}")
+        print_layers(record["table"])
+    elif args.what == "cam":
+        counts = evaluate_cams(dataset, args.out / "cam", f"python refine.py {again}")
+        record.update(summarise(counts), curve=[round(100 * scores(c)["miou"], 2) for c in curve(counts)])
+        print(f"{title}: mIoU {record['fixed']:.1f} at the fixed threshold {FIXED_THRESHOLD}; best {record['best']:.1f} at "
+              f"{record['best_threshold']:.2f}, chosen with pixel labels")
+        print_classes(dataset, scores(curve(counts)[int(FIXED_THRESHOLD * 100)]))
+    elif args.what == "pseudo":
+        confusion, unlabelled = evaluate_masks(dataset, args.out / "pseudo", f"python refine.py {again}", pseudo=True)
+        result = scores(confusion)
+        record["labelled"], record["all"] = 100 * result["miou"], 100 * scores(confusion, unlabelled)["miou"]
+        record["undecided"] = 100 * (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
+        print(f"{title}: mIoU {record['labelled']:.1f} over labelled pixels, {record['all']:.1f} over all "
+              f"({record['undecided']:.1f} % undecided)")
+        print_classes(dataset, result)
+    else:
+        confusion, _ = evaluate_masks(dataset, args.out / "pred" / args.split,
+                                      f"python train_seg.py --data {args.data} --predict-split {args.split} --out {args.out}")
+        result = scores(confusion)
+        record["miou"] = 100 * result["miou"]
+        print(f"{title}: mIoU {record['miou']:.1f}")
+        print_classes(dataset, result)
+    data.append_result(args.out, {**record, "seconds": round(time.time() - begin, 1)})
+
+
+if __name__ == "__main__":
+    main()
