@@ -14,6 +14,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from contextlib import contextmanager
@@ -239,7 +240,7 @@ def draw_toy(name):
         body, cy, cx = toy_body(rng, y, x, radius)
         if (mask[body] > 0).sum() > 0.3 * body.sum():
             continue  # would hide another object
-        colour = toy_colour(2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.6))
+        colour = toy_colour(2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.35))
         u, v = y - cy, x - cx
         texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0, (u % 5 < 3) & (v % 5 < 3),
                    np.hypot(u, v) % 4 < 2][k]
@@ -485,10 +486,17 @@ def append_result(out, record):
     write_json(path, records + [record])
 
 
+def progress(text):
+    """A line that the next one overwrites, on a terminal only."""
+    if sys.stdout.isatty():
+        print(f"\r  {text:<76}", end="\r" if not text else "", flush=True)
+
+
 def log_line(folder, record):
     """One training log line: printed for people, appended to <folder>/log.jsonl for programs."""
     with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+    progress("")
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
 
 

@@ -160,8 +160,8 @@ def evaluate_layers(dataset, model, deep_from, args, device):
             counts[variant] = counts[variant] + threshold_counts(cam, values, target, len(dataset.classes) + 1)
         if i % 20 == 19:
             rate = (i + 1) / (time.time() - begin)
-            print(f"\r  {i + 1}/{len(dataset.ids)}  {rate:.1f} images/s", end="", flush=True)
-    print("\r", end="")
+            data.progress(f"{i + 1}/{len(dataset.ids)}  {rate:.1f} images/s")
+    data.progress("")
     return {variant: summarise(c) for variant, c in counts.items()}
 
 

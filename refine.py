@@ -275,12 +275,11 @@ def main(argv=None):
         made += 1
         if made % 20 == 0:
             rate = made / (time.time() - begin)
-            print(f"\r  {i + 1}/{len(dataset.ids)}  {rate:.1f} images/s  {(len(dataset.ids) - i) / rate / 60:.1f} minutes left ",
-                  end="", flush=True)
+            left = (len(dataset.ids) - i - 1) / rate / 60
+            data.progress(f"{i + 1}/{len(dataset.ids)}  {rate:.1f} images/s  {left:.1f} minutes left")
     missing = [n for n in dataset.ids if not ((cams / f"{n}.npz").is_file() and (masks / f"{n}.png").is_file())]
     if missing:
         raise FileNotFoundError(f"{len(missing)} images have no CAM or pseudo-mask, first {missing[0]}: run with --resume")
-    print()
     data.log_line(masks, {"images": len(dataset.ids), "made": made, "seconds": time.time() - begin})
     if args.pictures:
         rows = []

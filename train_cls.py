@@ -200,10 +200,9 @@ def main(argv=None):
             sums += torch.stack([cls_loss.detach(), aff_loss.detach()])
             if step % 20 == 19:
                 rate = (step + 1) * args.batch / (time.time() - epoch_begin)
-                print(f"\r  step {step + 1}/{per_epoch}  loss {loss.item():.4f}  {rate:.1f} images/s", end="", flush=True)
+                data.progress(f"step {step + 1}/{per_epoch}  loss {loss.item():.4f}  {rate:.1f} images/s")
         seconds = time.time() - epoch_begin
         cls_mean, aff_mean = (sums / per_epoch).tolist()
-        print("\r" + " " * 60, end="\r")
         left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         data.log_line(folder, {"epoch": epoch + 1, "cls_loss": cls_mean, "aff_loss": aff_mean,
                                "lr": optimizer.param_groups[0]["lr"], "images/s": per_epoch * args.batch / seconds,

@@ -221,9 +221,8 @@ def main(argv=None):
             total += loss.detach()
             if step % 20 == 19:
                 rate = (step + 1) * args.batch / (time.time() - epoch_begin)
-                print(f"\r  step {step + 1}/{per_epoch}  loss {loss.item():.4f}  {rate:.1f} images/s", end="", flush=True)
+                data.progress(f"step {step + 1}/{per_epoch}  loss {loss.item():.4f}  {rate:.1f} images/s")
         seconds = time.time() - epoch_begin
-        print("\r" + " " * 60, end="\r")
         left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         data.log_line(folder, {"epoch": epoch + 1, "loss": total.item() / per_epoch, "lr": optimizer.param_groups[0]["lr"],
                                "images/s": per_epoch * args.batch / seconds, "minutes_left": left / 60, "seconds": seconds})
@@ -240,7 +239,7 @@ def main(argv=None):
         label = predict(net, pil_to_tensor(target.image(name)).to(device), args.scales, multiple)
         data.write_mask(predictions / f"{name}.png", label.cpu().numpy())
         if i % 20 == 19:
-            print(f"\r  {i + 1}/{len(target.ids)} predicted, {(i + 1) / (time.time() - begin):.1f} images/s", end="", flush=True)
+            data.progress(f"{i + 1}/{len(target.ids)} predicted, {(i + 1) / (time.time() - begin):.1f} images/s")
     data.log_line(folder, {"predicted": len(target.ids), "seconds": time.time() - begin})
 
 

@@ -1,0 +1,834 @@
+"""Sanity checks on small synthetic inputs, CPU only:  make test  (or: python -m pytest -q test_aream.py)
+
+With AREAM_DATA=<folder that holds VOCdevkit and COCO2014> a few tests also read real files; without it they skip.
+"""
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import aream
+import data
+import evaluate
+import model as vit
+import refine
+import train_cls
+import train_seg
+
+torch.set_num_threads(1)  # tiny tensors are many times slower with more
+REAL = os.environ.get("AREAM_DATA")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def rand_affinity(B, N, L=3):
+    return tuple(torch.randn(B, N, N).softmax(-1) for _ in range(L))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py
+# ---------------------------------------------------------------------------------------------------------------------
+def copy_to_torchvision(ours, theirs):
+    """Block weights of our ViT into torchvision's VisionTransformer."""
+    state = {}
+    names = {"norm1": "ln_1", "norm2": "ln_2", "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+    for i in range(len(ours.blocks)):
+        block, to = ours.blocks[i], f"encoder.layers.encoder_layer_{i}."
+        for here, there in names.items():
+            for kind in ("weight", "bias"):
+                state[f"{to}{there}.{kind}"] = block.get_submodule(here).get_parameter(kind)
+        state[to + "self_attention.in_proj_weight"] = block.attn.qkv.weight
+        state[to + "self_attention.in_proj_bias"] = block.attn.qkv.bias
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and not any("encoder_layer" in key for key in missing)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_block_stack_equals_torchvision(capture):
+    ours = vit.build("toy", 4).double().eval()
+    theirs = torchvision.models.VisionTransformer(image_size=64, patch_size=8, num_layers=6, num_heads=3, hidden_dim=96,
+                                                  mlp_dim=384, num_classes=2).double().eval()
+    copy_to_torchvision(ours, theirs)
+    images = torch.randn(2, 3, 64, 64).double()
+    got, grid, _, _ = ours.tokens(images, capture)
+    patches = ours.patch_embed(images).flatten(2).transpose(1, 2) + ours.patch_pos_embed
+    x = torch.cat([(ours.class_tokens + ours.class_pos_embed).expand(2, -1, -1), patches], 1)
+    for layer in theirs.encoder.layers:
+        x = layer(x)
+    assert grid == (8, 8)
+    torch.testing.assert_close(got, x, atol=1e-10, rtol=1e-9)
+
+
+def test_captured_maps_equal_a_plain_loop():
+    model = vit.build("toy", 4).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        block, x = model.blocks[0], torch.randn(2, 9, 96)
+        _, affinity, logits = block.attn(x, True)
+        q, k, _ = block.attn.qkv(x).chunk(3, -1)
+        per_head = torch.stack([qh @ kh.transpose(1, 2) / math.sqrt(32) for qh, kh in zip(q.split(32, -1), k.split(32, -1))])
+    torch.testing.assert_close(logits, per_head.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(affinity, per_head.softmax(-1).mean(0))
+    assert (affinity - logits.softmax(-1)).abs().max() > 1e-3  # the two do not commute
+
+
+def test_forward_shapes_and_capture_modes():
+    model = vit.build("toy", 5, depth=3).eval()
+    for H, W in ((64, 64), (32, 88)):
+        images, N = torch.randn(2, 3, H, W), 5 + H * W // 64
+        plain, full = model(images), model(images, True)
+        assert plain.class_logits.shape == plain.patch_logits.shape == (2, 5)
+        assert plain.cam.shape == (2, 5, H // 8, W // 8) and plain.cam.min() >= 0 and not plain.cam.requires_grad
+        assert plain.affinity == plain.affinity_logits == ()
+        assert [a.shape for a in full.affinity] == [a.shape for a in full.affinity_logits] == [(2, N, N)] * 3
+        torch.testing.assert_close(full.affinity[0].sum(-1), torch.ones(2, N))
+        assert not full.affinity[0].requires_grad and full.affinity_logits[0].requires_grad
+        assert model(images, "logits").affinity == () and model(images, "affinity").affinity_logits == ()
+        with torch.no_grad():
+            torch.testing.assert_close(model(images, "affinity").class_logits, plain.class_logits, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(full.patch_logits, full.patch_logits.detach())
+
+
+def test_gradient_reaches_every_parameter():
+    model = vit.build("toy", 3)
+    out = model(torch.randn(2, 3, 64, 64), "logits")
+    loss = aream.classification_loss(out.class_logits, out.patch_logits, torch.tensor([[1.0, 0, 1], [0, 1, 0]]))
+    loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_affinity_loss_trains_queries_and_keys_but_not_the_labels():
+    model = vit.build("toy", 3)
+    out = model(torch.randn(2, 3, 64, 64), "logits")
+    label = torch.randint(0, 2, (2, 64, 64))
+    last = [0] * 5 + [1]
+    aream.aream_loss(out.affinity_logits, label, torch.tensor(last).float(), range(6)).backward()
+    w_q, w_k, w_v = model.blocks[5].attn.qkv.weight.grad.chunk(3)
+    assert w_q.any() and w_k.any() and not w_v.any()
+    assert model.head.weight.grad is None
+    assert model.blocks[0].attn.qkv.weight.grad.any()  # through the tokens
+
+
+def test_mimetic_start():
+    for block in vit.build("toy", 2).blocks:
+        w_q, w_k, _ = block.attn.qkv.weight.chunk(3)
+        assert torch.equal(w_q, w_k)
+
+
+def deit_state(depth=12, dim=192, classes=1000):
+    """A random checkpoint with DeiT-Tiny's keys."""
+    state = {"cls_token": torch.randn(1, 1, dim), "pos_embed": torch.randn(1, 197, dim),
+             "patch_embed.proj.weight": torch.randn(dim, 3, 16, 16), "patch_embed.proj.bias": torch.randn(dim),
+             "norm.weight": torch.ones(dim), "norm.bias": torch.zeros(dim),
+             "head.weight": torch.randn(classes, dim), "head.bias": torch.zeros(classes)}
+    for i in range(depth):
+        for name, shape in {"norm1.weight": (dim,), "norm1.bias": (dim,), "attn.qkv.weight": (3 * dim, dim),
+                            "attn.qkv.bias": (3 * dim,), "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
+                            "norm2.weight": (dim,), "norm2.bias": (dim,), "mlp.fc1.weight": (4 * dim, dim),
+                            "mlp.fc1.bias": (4 * dim,), "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}.items():
+            state[f"blocks.{i}.{name}"] = torch.randn(shape)
+    return state
+
+
+def test_deit_checkpoints(tmp_path):
+    state = deit_state()
+    for form in (state, {"model": {k: v.half() for k, v in state.items()}}):
+        torch.save(form, tmp_path / "deit.pth")
+        model = vit.build("deit_tiny", 20, depth=8)
+        vit.load_pretrained(model, tmp_path / "deit.pth")
+        assert torch.equal(model.class_tokens[0, 7], model.class_tokens[0, 0]) and len(model.blocks) == 8
+        torch.testing.assert_close(model.class_tokens[0, 3], state["cls_token"][0, 0], atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(model.patch_pos_embed, state["pos_embed"][:, 1:], atol=2e-3, rtol=2e-3)
+        assert model.blocks[0].norm1.weight.dtype == torch.float32
+    bigger = vit.build("deit_tiny", 20, image_size=256)
+    vit.load_pretrained(bigger, state)
+    assert bigger.patch_pos_embed.shape == (1, 256, 192)
+
+
+def test_wrong_weights_are_refused(tmp_path):
+    model = vit.build("deit_tiny", 20)
+    small = deit_state()
+    del small["blocks.3.norm1.weight"]
+    distilled = {**deit_state(), "dist_token": torch.zeros(1, 1, 192)}
+    for state in (deit_state(dim=384), small, distilled, {"fc.weight": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="does not hold weights for deit_tiny"):
+            vit.load_pretrained(model, state)
+    with pytest.raises(FileNotFoundError, match="no weights at .*nothing.pth.*--pretrained"):
+        vit.load_pretrained(model, tmp_path / "nothing.pth")
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="broken.pth is not a readable weights file"):
+        vit.load_pretrained(model, tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match="no public weights for preset 'toy'"):
+        vit.load_pretrained(vit.build("toy", 2), "auto")
+
+
+def test_download_failure_names_the_remedy(monkeypatch):
+    def offline(url, **kwargs):
+        assert url == vit.DEIT_URLS["deit_tiny"] and kwargs["weights_only"] and kwargs["check_hash"]
+        raise vit.URLError("no route")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(FileNotFoundError, match="could not download .*no route.*--pretrained PATH"):
+        vit.load_pretrained(vit.build("deit_tiny", 20), "auto")
+
+
+def test_bad_model_arguments():
+    model = vit.build("toy", 2)
+    with pytest.raises(ValueError, match="image size 60 x 64 is not a multiple of the patch size 8"):
+        model(torch.zeros(1, 3, 60, 64))
+    with pytest.raises(ValueError, match="unknown preset 'vgg'"):
+        vit.build("vgg", 2)
+    with pytest.raises(ValueError, match="depth 13: deit_tiny has 1 to 12 blocks"):
+        vit.build("deit_tiny", 2, depth=13)
+    with pytest.raises(ValueError, match="image size 70"):
+        vit.build("toy", 2, image_size=70)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# aream.py
+# ---------------------------------------------------------------------------------------------------------------------
+def test_layer_entropy_against_a_loop():
+    cam, labels = torch.rand(2, 3, 2, 4), torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    affinity = rand_affinity(2, 11)
+    got = aream.layer_entropy(cam, affinity, labels)
+    for b in range(2):
+        for l in range(3):
+            total = torch.zeros(8)
+            for c in range(3):
+                if labels[b, c]:
+                    for m in range(8):
+                        for n in range(8):
+                            total[m] += affinity[l][b, 3 + m, 3 + n] * cam[b, c].flatten()[n]
+            p = total.softmax(0)
+            assert got[b, l].item() == pytest.approx(-sum(v * math.log2(v) for v in p.tolist()), abs=1e-5)
+
+
+def test_layer_entropy_at_its_ends():
+    labels = torch.ones(1, 1)
+    uniform = torch.full((1, 4, 4), 0.25)
+    peaked = torch.zeros(1, 1, 2, 2)
+    peaked[0, 0, 0, 0] = 1e4
+    entropy = aream.layer_entropy(peaked, (uniform, torch.eye(4)[None]), labels)
+    assert entropy[0, 0].item() == pytest.approx(2.0, abs=1e-6)  # spread evenly over 4 patches: 2 bits
+    assert entropy[0, 1].item() == 0.0  # one patch keeps it all: p = 0 elsewhere, no nan
+    assert aream.layer_entropy(torch.zeros(1, 1, 2, 2), (uniform,), labels).item() == pytest.approx(2.0)
+
+
+def test_reactivation_weights():
+    w, w_hat = aream.reactivation_weights(torch.tensor([[1.0, 2.0, 5.0], [3.0, 3.0, 3.0]]))
+    torch.testing.assert_close(w_hat, torch.tensor([[0, 0.25, 1.0], [0, 0, 0]]))
+    torch.testing.assert_close(w, 1 - w_hat)
+    w, w_hat = aream.reactivation_weights(torch.tensor([1.0, 2.0]), "uniform")
+    assert w.tolist() == w_hat.tolist() == [1, 1]
+    w, w_hat = aream.reactivation_weights(torch.tensor([1.0, 2.0]), "none")
+    assert w.tolist() == [1, 1] and w_hat.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="reactivation 'some'"):
+        aream.reactivation_weights(torch.tensor([1.0]), "some")
+
+
+def test_coupled_layers():
+    assert aream.coupled_layers(12) == (range(12), range(12))
+    assert aream.coupled_layers(12, "split", 7) == (range(7), range(7, 12))
+    with pytest.raises(ValueError, match="--deep-from 6 with 6 layers"):
+        aream.coupled_layers(6, "split", 6)
+
+
+def test_guided_cam_against_a_loop():
+    cam, affinity, w = torch.rand(2, 3, 2, 2), rand_affinity(2, 7), torch.rand(2, 3)
+    got = aream.guided_cam(cam, affinity, w, [0, 2])
+    for b in range(2):
+        for c in range(3):
+            drawn = torch.stack([a[b, c, 3:] for a in affinity]).mean(0)
+            attended = cam[b, c].flatten() * drawn
+            for m in range(4):
+                expected = sum(w[b, l] * affinity[l][b, 3 + m, 3 + n] * attended[n] for l in (0, 2) for n in range(4)) / 2
+                assert got[b, c].flatten()[m].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_normalise_cam():
+    cam = torch.tensor([[[[-1.0, 1.0], [2.0, 4.0]], [[3.0, 3.0], [3.0, 3.0]], [[0.0, 1.0], [1.0, 1.0]]]])
+    got = aream.normalise_cam(cam, torch.tensor([[1.0, 1.0, 0.0]]))
+    torch.testing.assert_close(got[0, 0], torch.tensor([[0, 0.25], [0.5, 1.0]]))
+    assert not got[0, 1:].any()  # constant, and absent
+
+
+def test_affinity_label_by_hand():
+    mask = torch.tensor([[[0, 0, 5, 5], [0, 0, 5, 5], [255, 255, 0, 0], [9, 255, 0, 5]]])
+    # patch centres of the 2 x 2 grid are the pixels (1, 1), (1, 3), (3, 1), (3, 3): 0, 5, 255, 5
+    expected = torch.tensor([[1, 0, 255, 0], [0, 1, 255, 1], [255] * 4, [0, 1, 255, 1]])
+    assert torch.equal(aream.affinity_label(mask, (2, 2))[0], expected)
+
+
+def test_affinity_loss_against_a_loop():
+    prob, label, weight = torch.rand(2, 4, 4), torch.tensor([0, 1, 255])[torch.randint(0, 3, (2, 4, 4))], torch.rand(2)
+    n1, n0 = (label == 1).sum().item(), (label == 0).sum().item()
+    plain = weighted = 0.0
+    for b in range(2):
+        for p, y in zip(prob[b].flatten().tolist(), label[b].flatten().tolist()):
+            term = 0.5 * (1 - p) / (n1 + 1) if y == 1 else 0.5 * p / (n0 + 1) if y == 0 else 0.0
+            plain, weighted = plain + term, weighted + term * weight[b].item()
+    assert aream.affinity_loss(prob, label).item() == pytest.approx(plain, rel=1e-5)
+    assert aream.affinity_loss(prob, label, weight).item() == pytest.approx(weighted, rel=1e-5)
+    assert aream.affinity_loss(prob, torch.full_like(label, 255)).item() == 0.0
+    logits = tuple(torch.randn(2, 6, 6) for _ in range(3))
+    w_hat = torch.tensor([0.2, 0.5, 1.0])
+    expected = sum(w_hat[l] * aream.affinity_loss(logits[l][:, 2:, 2:].sigmoid(), label) for l in (1, 2)) / 2
+    torch.testing.assert_close(aream.aream_loss(logits, label, w_hat, [1, 2]), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# refine.py
+# ---------------------------------------------------------------------------------------------------------------------
+def naive_par(image, score, dilations, iterations):
+    """PAR of one image as the formula reads: loops over pixels and neighbours."""
+    _, H, W = image.shape
+    offsets = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    at = lambda y, x: (min(max(y, 0), H - 1), min(max(x, 0), W - 1))
+    length = torch.tensor([math.hypot(*o) for o in offsets])
+    place = (-((length / length.std()) / 0.3) ** 2).softmax(0)
+    kernel = {}
+    for y in range(H):
+        for x in range(W):
+            near = torch.stack([image[(slice(None), *at(y + dy, x + dx))] for dy, dx in offsets])  # (n, 3)
+            step = ((near - image[:, y, x]).abs() / (near.std(0) + 1e-8) / 0.3) ** 2
+            kernel[y, x] = (-step.mean(1)).softmax(0) + 0.01 * place
+    for _ in range(iterations):
+        new = torch.zeros_like(score)
+        for (y, x), weights in kernel.items():
+            for k, (dy, dx) in zip(weights, offsets):
+                new[:, y, x] += k * score[(slice(None), *at(y + dy, x + dx))]
+        score = new
+    return score
+
+
+def test_par_against_loops():
+    images, score = torch.rand(2, 3, 6, 7), torch.rand(2, 2, 6, 7)
+    got = refine.pixel_adaptive_refine(images, score, (1, 3), 2)
+    for b in range(2):
+        torch.testing.assert_close(got[b], naive_par(images[b], score[b], (1, 3), 2), atol=1e-5, rtol=1e-4)
+
+
+def test_par_invariants():
+    images = torch.rand(2, 3, 20, 30)
+    torch.testing.assert_close(refine.par_kernel(images).sum(1), torch.full((2, 20, 30), 1.01))
+    constant = refine.pixel_adaptive_refine(images, torch.ones(2, 1, 20, 30), iterations=10)
+    torch.testing.assert_close(constant, torch.full_like(constant, 1.01**10), rtol=1e-4, atol=0)
+    large = torch.rand(3, 3, 150, 120)  # more than one chunk gives what single images give
+    one = [refine.pixel_adaptive_refine(i[None], i[None, :1], iterations=2) for i in large]
+    torch.testing.assert_close(refine.pixel_adaptive_refine(large, large[:, :1], iterations=2), torch.cat(one))
+    with pytest.raises(ValueError, match="resize one"):
+        refine.pixel_adaptive_refine(images, torch.rand(2, 1, 10, 15))
+
+
+def test_par_follows_edges():
+    image = torch.zeros(1, 3, 24, 24)
+    image[..., 12:] = 1.0
+    image += 0.01 * torch.randn_like(image)
+    score = torch.zeros(1, 1, 24, 24)
+    score[..., 8:12] = 1.0  # a seed on the left of the edge
+    got = refine.pixel_adaptive_refine(image, score, (1, 2, 4))
+    assert got[0, 0, :, :12].mean() > 20 * got[0, 0, :, 12:].mean()  # what leaks over the edge
+
+
+def test_random_walk():
+    score, affinity = torch.rand(1, 2, 2, 2), torch.rand(1, 4, 4)
+    transition = affinity[0] ** 2 / (affinity[0] ** 2).sum(1, keepdim=True)
+    expected = (transition @ transition @ transition @ score[0].flatten(1).T).T.view(2, 2, 2)
+    torch.testing.assert_close(refine.random_walk(score, affinity, beta=2.0, steps=3)[0], expected)
+    torch.testing.assert_close(refine.random_walk(score, torch.eye(4)[None], steps=5), score)
+    stochastic = rand_affinity(1, 4, 1)[0]
+    torch.testing.assert_close(refine.random_walk(score, stochastic), aream.propagate(stochastic, score))
+    with pytest.raises(ValueError, match="steps -1"):
+        refine.random_walk(score, affinity, steps=-1)
+
+
+def test_pseudo_label():
+    images = torch.full((2, 3, 64, 64), 0.5) + 0.01 * torch.randn(2, 3, 64, 64)
+    cam, labels = torch.zeros(2, 4, 64, 64), torch.tensor([[0, 0, 1.0, 0], [1.0, 0, 0, 1]])
+    images[:, :, :, 32:] += 0.3
+    cam[0, 2, :, 32:] = 1.0
+    cam[0, 1] = 1.0  # an absent class, whatever its score, is never chosen
+    cam[1, 0, :, :32] = 1.0
+    cam[1, 3, :, 32:] = 1.0
+    got = refine.pseudo_label(images, cam, labels)
+    assert set(got[0, :, :24].unique().tolist()) == {0} and set(got[0, :, 40:].unique().tolist()) == {3}
+    assert set(got[1, :, :24].unique().tolist()) == {1} and set(got[1, :, 40:].unique().tolist()) == {4}
+    band = refine.pseudo_label(images, cam * 0.45, labels)
+    assert set(band[0, :, 40:].unique().tolist()) == {255}  # above the low score, below the high one
+    assert 255 not in refine.pseudo_label(images, cam * 0.45, labels, 0.4, 0.4)
+    with pytest.raises(ValueError, match="low <= high"):
+        refine.pseudo_label(images, cam, labels, 0.6, 0.5)
+    single = refine.pseudo_label(images[:1], cam[:1], labels[:1])
+    assert torch.equal(single, got[:1])  # the other image's number of classes does not matter
+    pixels = (images[1] * 255).to(torch.uint8)
+    alone = refine.pseudo_mask(pixels, [0, 3], cam[1, [0, 3]], 0.35, 0.55)
+    assert (alone == got[1]).float().mean() > 0.99  # 8-bit rounding only
+
+
+def test_seed_cams():
+    model = vit.build("toy", 3).eval()
+    pixels = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)  # no multiple of the patch
+    got = refine.seed_cams(model, pixels, [0, 2], {"raw": (), "all": tuple(range(6))}, scales=(0.5, 1))
+    assert {k: v.shape for k, v in got.items()} == {"raw": (2, 13, 18), "all": (2, 13, 18)}
+    assert all(0 <= v.min() and v.max() <= 1 for v in got.values()) and not torch.equal(got["raw"], got["all"])
+    square = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    one, other = (refine.seed_cams(model, p, [1], {"s": (0, 1)})["s"] for p in (square, square.flip(-1)))
+    torch.testing.assert_close(one, other.flip(-1), atol=1e-4, rtol=1e-3)  # both views are seen
+    assert refine.parse_layers("0-2,5", 6) == (0, 1, 2, 5) and refine.parse_layers("none", 6) == ()
+    with pytest.raises(ValueError, match="--layers '3-9'"):
+        refine.parse_layers("3-9", 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py
+# ---------------------------------------------------------------------------------------------------------------------
+def test_confusion_and_scores_by_hand():
+    target = torch.tensor([[0, 0, 1], [1, 255, 1]])
+    prediction = torch.tensor([[0, 1, 1], [1, 2, 0]])
+    confusion = evaluate.confusion_matrix(prediction, target, 3)
+    assert confusion.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]] and confusion.dtype == torch.int64
+    result = evaluate.scores(confusion)
+    assert result["iou"][:2].tolist() == pytest.approx([1 / 3, 2 / 4]) and result["iou"][2].isnan()
+    assert result["miou"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert result["precision"][1].item() == pytest.approx(2 / 3) and result["recall"][0].item() == pytest.approx(1 / 2)
+    assert evaluate.scores(confusion, torch.tensor([2, 0, 0]))["iou"][0].item() == pytest.approx(1 / 5)
+    with pytest.raises(ValueError, match="prediction holds 255"):
+        evaluate.confusion_matrix(torch.full((2, 3), 255), target, 3)
+    with pytest.raises(ValueError, match=r"prediction is \(2, 2\)"):
+        evaluate.confusion_matrix(prediction[:, :2], target, 3)
+    big = evaluate.scores(torch.tensor([[2**40, 0], [0, 2**40]]))
+    assert big["miou"] == 1.0
+
+
+def test_threshold_curve_equals_one_evaluation_per_threshold():
+    cam, values = torch.rand(2, 20, 30), torch.tensor([1, 3])
+    cam[:, :5] = 0.25  # ties with a threshold
+    target = torch.tensor([0, 1, 2, 3, 255])[torch.randint(0, 5, (20, 30))]
+    counts = evaluate.threshold_counts(cam, values, target, 4)
+    for t, confusion in zip(evaluate.THRESHOLDS, evaluate.curve(counts)):
+        score, winner = cam.max(0)
+        prediction = torch.where(score > t, values[winner], 0)
+        assert torch.equal(confusion, evaluate.confusion_matrix(prediction, target, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+# ---------------------------------------------------------------------------------------------------------------------
+def make_voc(root, ids=("a", "b", "c", "d"), size=(40, 48)):
+    """A small VOC: two classes, masks as boxes."""
+    voc, rng = root / "VOCdevkit" / "VOC2012", np.random.default_rng(0)
+    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    for i, name in enumerate(ids):
+        mask = np.zeros(size, np.uint8)
+        mask[5:30, 10:35] = (8, 15)[i % 2]
+        image = rng.integers(0, 60, (*size, 3)) + 150 * (mask > 0)[..., None]
+        Image.fromarray(image.astype(np.uint8)).save(voc / "JPEGImages" / f"{name}.jpg")
+        data.write_mask(voc / "SegmentationClass" / f"{name}.png", mask)
+        objects = f"<object><name>{('cat', 'person')[i % 2]}</name><difficult>1</difficult><part><name>head</name></part></object>"
+        (voc / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+    for split in ("train", "trainaug", "val"):
+        (voc / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+    return voc
+
+
+def make_coco(root, size=(40, 48)):
+    """A small COCO: category ids 1 and 90, one polygon and one crowd an image."""
+    coco = root / "COCO2014"
+    (coco / "annotations").mkdir(parents=True)
+    H, W = size
+    for split in ("train", "val"):
+        (coco / f"{split}2014").mkdir()
+        images, annotations = [], []
+        for i in range(5):
+            name = f"COCO_{split}2014_{i:012d}.jpg"
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (H, W, 3), dtype=np.uint8)).save(coco / f"{split}2014" / name)
+            images.append(dict(id=i, file_name=name, height=H, width=W))
+            if i == 4:
+                continue  # an image without objects
+            annotations.append(dict(id=10 * i, image_id=i, category_id=90, area=600, iscrowd=0,
+                                    segmentation=[[10, 10, 40, 10, 40, 30, 10, 30]]))
+            annotations.append(dict(id=10 * i + 1, image_id=i, category_id=1, area=40, iscrowd=1,
+                                    segmentation=dict(size=[H, W], counts=[15 * H + 12, 8, H - 8, 8, H * W - 16 * H - 20])))
+        record = dict(images=images, annotations=annotations, categories=[dict(id=90, name="toothbrush"), dict(id=1, name="person")])
+        (coco / "annotations" / f"instances_{split}2014.json").write_text(json.dumps(record))
+    return coco
+
+
+def test_voc_and_its_failures(tmp_path):
+    with pytest.raises(FileNotFoundError, match="JPEGImages.*VOCtrainval.*--data-root"):
+        data.open_data("VOC2012", tmp_path / "nowhere", "train")
+    voc = make_voc(tmp_path)
+    train = data.open_data("VOC2012", tmp_path, "train", limit=3)
+    assert train.ids == ["a", "b", "c"] and train.labels("a") == [7] and train.labels("b") == [14]
+    assert set(np.unique(train.mask("b"))) == {0, 15} and data.mask_value(train.labels("b")[0]) == 15
+    with pytest.raises(ValueError, match="--limit 0"):
+        data.open_data("VOC2012", tmp_path, "train", limit=0)
+    with pytest.raises(FileNotFoundError, match="no split 'test'"):
+        data.open_data("VOC2012", tmp_path, "test")
+    with pytest.raises(ValueError, match="unknown data set 'VOC2013'"):
+        data.open_data("VOC2013", tmp_path, "train")
+    (voc / "Annotations" / "a.xml").write_text("<annotation><object><name>unicorn</name></object></annotation>")
+    with pytest.raises(ValueError, match="a.xml names the class 'unicorn'"):
+        train.labels("a")
+    (voc / "Annotations" / "a.xml").write_text("<annotation></annotation>")
+    with pytest.raises(ValueError, match="a.xml names no object"):
+        train.labels("a")
+    (voc / "Annotations" / "a.xml").write_text("<annotation><obj")
+    with pytest.raises(ValueError, match="a.xml is not readable XML"):
+        train.labels("a")
+    image = voc / "JPEGImages" / "b.jpg"
+    image.write_bytes(image.read_bytes()[:400])
+    with pytest.raises(ValueError, match="b.jpg is not a readable image"):
+        train.image("b")
+    (voc / "ImageSets" / "Segmentation" / "train.txt").write_text("a\nzebra\n")
+    with pytest.raises(FileNotFoundError, match="names 1 images .*'zebra'"):
+        data.open_data("VOC2012", tmp_path, "train")
+    (voc / "ImageSets" / "Segmentation" / "train.txt").write_text("a\na\n")
+    with pytest.raises(ValueError, match="lists 'a' more than once"):
+        data.open_data("VOC2012", tmp_path, "train")
+
+
+def test_shipped_splits():
+    sizes = {p.stem: len(set(p.read_text().split())) for p in (Path(data.__file__).parent / "splits").glob("*.txt")}
+    assert sizes == {"voc2012_train": 1464, "voc2012_trainaug": 10582, "voc2012_val": 1449}
+
+
+def test_coco(tmp_path):
+    coco = make_coco(tmp_path)
+    train = data.open_data("COCO2014", tmp_path, "train", cache=tmp_path / "masks")
+    assert train.classes == ("person", "toothbrush") and len(train.ids) == 4 and train.without_objects == 1
+    assert train.labels(train.ids[0]) == [0, 1]
+    mask = train.mask(train.ids[0])
+    assert mask.shape == (40, 48) and mask[20, 25] == 2 and mask[5, 5] == 0
+    assert (mask[12:20, 15:17] == 1).all() and (mask == 1).sum() == 16  # the small crowd lies over the large box
+    assert np.array_equal(train.mask(train.ids[0]), mask) and len(list((tmp_path / "masks").rglob("*.png"))) == 1
+    path = coco / "annotations" / "instances_train2014.json"
+    record = json.loads(path.read_text())
+    record["annotations"][0]["category_id"] = 12
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="annotation 0 has the unknown category 12"):
+        data.open_data("COCO2014", tmp_path, "train")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="instances_train2014.json is not readable JSON"):
+        data.open_data("COCO2014", tmp_path, "train")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is not a COCO instances file"):
+        data.open_data("COCO2014", tmp_path, "train")
+
+
+def compress_rle(counts):
+    """COCO's compressed run lengths, the other way round."""
+    text = ""
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        while True:
+            bits, value = value & 31, value >> 5
+            more = value != (-1 if bits & 16 else 0)
+            text += chr(48 + bits + 32 * more)
+            if not more:
+                break
+    return text
+
+
+def test_run_lengths():
+    mask = (np.random.default_rng(0).random((13, 70)) < 0.4).astype(np.uint8)
+    flat, counts, value = mask.T.flatten(), [], 0
+    while len(flat):
+        run = int(np.argmax(flat != value)) if (flat != value).any() else len(flat)
+        counts.append(run)
+        flat, value = flat[run:], 1 - value
+    for form in (counts, compress_rle(counts)):
+        assert np.array_equal(data.decode_rle(dict(size=[13, 70], counts=form), 13, 70), mask)
+    known = [6, 1, 40, 4, 5, 4, 5, 4, 21]  # the example in COCO's own API
+    assert compress_rle(known) == "61X13mN000`0"
+    assert data.decode_rle(dict(size=[9, 10], counts="61X13mN000`0"), 9, 10).sum() == sum(known[1::2])
+    with pytest.raises(ValueError, match="run lengths of 5 pixels"):
+        data.decode_rle(dict(size=[2, 3], counts=[5]), 2, 3)
+
+
+def test_toy_is_deterministic_and_labelled():
+    train = data.open_data("toy", None, "train", limit=20)
+    first = np.asarray(train.image(train.ids[3]))
+    data.draw_toy.cache_clear()
+    assert np.array_equal(np.asarray(train.image(train.ids[3])), first)
+    for name in train.ids:
+        assert train.labels(name) == sorted(set(np.unique(train.mask(name)).tolist()) - {0} - {255} and
+                                            {v - 1 for v in np.unique(train.mask(name)).tolist() if v})
+    assert not set(data.open_data("toy", None, "val").ids) & set(train.ids)
+
+
+def test_joint_transform_keeps_image_and_mask_together(tmp_path):
+    voc = make_voc(tmp_path)
+    dataset = data.open_data("VOC2012", tmp_path, "train")
+    samples = data.SegmentationSet(dataset, voc / "SegmentationClass", 32)
+    for sample_seed in range(8):
+        image, mask = samples[1, sample_seed]
+        assert image.shape == (3, 32, 32) and mask.shape == (32, 32) and set(mask.unique().tolist()) <= {0, 15, 255}
+        bright = image.float().mean(0) > 105
+        inside = mask != 255
+        assert (bright == (mask == 15))[inside].float().mean() > 0.85
+        assert torch.equal(samples[1, sample_seed][0], image)
+    data.write_mask(voc / "SegmentationClass" / "b.png", np.zeros((10, 10)))
+    with pytest.raises(ValueError, match="b.png is 10 x 10 pixels, its image is 40 x 48"):
+        samples[1, 0]
+    data.write_mask(voc / "SegmentationClass" / "b.png", np.full((40, 48), 33))
+    with pytest.raises(ValueError, match="b.png holds the value 33: VOC2012 has 0..20"):
+        samples[1, 0]
+
+
+def test_artefacts_round_trip(tmp_path):
+    mask = np.random.default_rng(0).integers(0, 256, (7, 9), dtype=np.uint8)
+    data.write_mask(tmp_path / "m.png", mask)
+    assert np.array_equal(data.read_mask(tmp_path / "m.png", (7, 9)), mask)
+    assert data.palette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0] and data.palette()[45:48] == [192, 128, 128]
+    data.write_cam(tmp_path / "c.npz", [3, 5], torch.full((2, 4, 5), 0.5), (16, 20))
+    class_ids, cam, size = data.read_cam(tmp_path / "c.npz")
+    assert class_ids.tolist() == [3, 5] and cam.shape == (2, 4, 5) and size == (16, 20) and cam.mean() == 0.5
+    (tmp_path / "c.npz").write_bytes(b"PK broken")
+    with pytest.raises(ValueError, match="c.npz is not a readable CAM file"):
+        data.read_cam(tmp_path / "c.npz")
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "rgb.png")
+    with pytest.raises(ValueError, match="rgb.png is not a readable mask .*mode RGB"):
+        data.read_mask(tmp_path / "rgb.png")
+    with pytest.raises(RuntimeError), data.replacing(tmp_path / "m.png") as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("interrupted")
+    assert np.array_equal(data.read_mask(tmp_path / "m.png"), mask) and len(list(tmp_path.iterdir())) == 3
+
+
+def test_sampler_depends_on_seed_and_epoch_only():
+    sampler = data.EpochSampler(10, seed=1)
+    first = list(sampler)
+    assert list(sampler) == first and sorted(i for i, _ in first) == list(range(10))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    with pytest.raises(ValueError, match="--batch 5 with 3 images"):
+        data.train_loader([0] * 3, 5, 0, 0, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages, by their real command lines
+# ---------------------------------------------------------------------------------------------------------------------
+TINY = ["--data", "toy", "--workers", "0", "--device", "cpu"]
+
+
+def train(out, *more, epochs=2, limit=16):
+    train_cls.main([*TINY, "--out", str(out), "--limit", str(limit), "--batch", "8", "--epochs", str(epochs),
+                    "--warmup-epochs", "1", "--depth", "3", "--deep-from", "1", *more])
+    return data.read_checkpoint(out / "cls" / "last.pt", "cls", "toy")
+
+
+def test_four_stages_on_toy(tmp_path, capsys):
+    out, before = tmp_path / "run", tmp_path / "plain"
+    train(before, "--reactivation", "none")
+    train(out, "--branch-from", str(before / "cls" / "warmup.pt"))
+    common = [*TINY, "--out", str(out), "--limit", "16"]
+    for folder in (before, out):
+        evaluate.main([*TINY, "--what", "layers", "--out", str(folder), "--limit", "4"])
+    refine.main([*common, "--pictures", "2"])
+    evaluate.main([*common, "--what", "cam"])
+    evaluate.main([*common, "--what", "pseudo"])
+    train_seg.main([*common, "--batch", "4", "--epochs", "1"])
+    evaluate.main([*common, "--what", "pred"])
+    evaluate.main([*TINY, "--out", str(out), "--what", "demo", "--before", str(before), "--limit", "16"])
+    printed = capsys.readouterr().out
+    assert "class mAP on val (information only" in printed and "DeepLab, val" in printed and "chosen with pixel labels" in printed
+    records = data.read_json(out / "results.json", "")
+    assert [r["what"] for r in records] == ["layers", "cam", "pseudo", "pred"]
+    assert all(0 <= r[k] <= 100 for r, k in zip(records[1:], ("fixed", "labelled", "miou"))) and len(records[1]["curve"]) == 101
+    assert set(records[0]["table"]) == {"unrefined", "all layers", "shallow layers", "deep layers", "layer 0", "layer 1", "layer 2"}
+    names = [f"toy_train_{i:04d}" for i in range(16)]
+    assert sorted(p.stem for p in (out / "cam").glob("*.npz")) == sorted(p.stem for p in (out / "pseudo").glob("*.png")) == names
+    assert len(list((out / "pred" / "val").glob("*.png"))) == 16
+    assert Image.open(out / "demo.png").size[0] == 7 * 132 and (out / "refine.png").is_file()
+    with Image.open(out / "pseudo" / "toy_train_0000.png") as mask:
+        assert mask.mode == "P" and mask.size == (64, 64)
+    # refine again: refuses, then makes only what is missing
+    with pytest.raises(ValueError, match="cam is in use: go on with --resume, replace it with --overwrite"):
+        refine.main(common)
+    kept, gone = out / "pseudo" / "toy_train_0001.png", out / "pseudo" / "toy_train_0000.png"
+    before_bytes, before_time = gone.read_bytes(), kept.stat().st_mtime_ns
+    gone.unlink()
+    refine.main([*common, "--resume"])
+    assert gone.read_bytes() == before_bytes and kept.stat().st_mtime_ns == before_time
+    with pytest.raises(ValueError, match="--resume in .*cam with another --steps"):
+        refine.main([*common, "--resume", "--steps", "3"])
+    # a missing prediction is an error, not a perfect score
+    (out / "pred" / "val" / "toy_val_0003.png").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 16 files are missing .*toy_val_0003.*python train_seg.py"):
+        evaluate.main([*common, "--what", "pred"])
+    data.write_mask(out / "pred" / "val" / "toy_val_0003.png", np.full((64, 64), 255))
+    with pytest.raises(ValueError, match="toy_val_0003.png: the prediction holds 255"):
+        evaluate.main([*common, "--what", "pred"])
+    data.write_mask(out / "pred" / "val" / "toy_val_0003.png", np.zeros((32, 64)))
+    with pytest.raises(ValueError, match="toy_val_0003: the ground truth is 64 x 64 pixels, the prediction 32 x 64"):
+        evaluate.main([*common, "--what", "pred"])
+    # pixel ground truth is refused, also as a copy
+    masks, dataset = tmp_path / "copy", data.open_data("toy", None, "train", 16)
+    for name in dataset.ids:
+        data.write_mask(masks / f"{name}.png", dataset.mask(name))
+    with pytest.raises(ValueError, match="copy is pixel ground truth"):
+        train_seg.main([*common, "--masks", str(masks), "--overwrite"])
+    assert (out / "seg" / "last.pt").is_file()  # nothing was lost by it
+
+
+def test_training_resumes_to_the_same_weights(tmp_path):
+    whole = train(tmp_path / "whole", epochs=3)
+    train(tmp_path / "parts", epochs=3)
+    folder = tmp_path / "parts" / "cls"
+    shutil.copy(folder / "warmup.pt", folder / "last.pt")  # as if it had been stopped after the first epoch
+    train(tmp_path / "parts", "--resume", epochs=3)
+    resumed = data.read_checkpoint(folder / "last.pt", "cls", "toy")
+    assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
+    branched = train(tmp_path / "branch", "--branch-from", str(folder / "warmup.pt"), epochs=3)
+    assert all(torch.equal(v, branched["model"][k]) for k, v in whole["model"].items())
+    with pytest.raises(ValueError, match="is in use: go on with --resume"):
+        train(tmp_path / "whole", epochs=3)
+    with pytest.raises(ValueError, match="--resume in .* with another --epochs"):
+        train(tmp_path / "whole", "--resume", epochs=4)
+
+
+@pytest.mark.parametrize("more", [["--reactivation", "uniform", "--coupling", "split"], ["--entropy", "static"]])
+def test_other_settings_run(tmp_path, more):
+    state = train(tmp_path, *more, limit=8)
+    assert (state["entropy"] is not None) == ("static" in more)
+    lines = [json.loads(line) for line in (tmp_path / "cls" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["aff_loss"] == 0 < lines[1]["aff_loss"] and {"lr", "images/s", "minutes_left"} <= set(lines[0])
+
+
+def test_a_few_images_are_learnt():
+    dataset = data.open_data("toy", None, "train", 8)
+    pixels = torch.stack([torch.from_numpy(np.asarray(dataset.image(n)).copy()).permute(2, 0, 1) for n in dataset.ids])
+    labels = torch.stack([data.label_vector(dataset, n) for n in dataset.ids])
+    model, args = vit.build("toy", 6, depth=4), train_cls.parse_args(["--data", "toy"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for step in range(60):
+        active = step >= 30
+        if active:
+            label, w_hat, mask = train_cls.label_step(model, pixels, labels, range(4), args)
+            assert model.training
+        out = model(data.normalise(pixels), "logits" if active else False)
+        cls = aream.classification_loss(out.class_logits, out.patch_logits, labels)
+        aff = aream.aream_loss(out.affinity_logits, label, w_hat, range(4)) if active else torch.zeros(())
+        optimizer.zero_grad()
+        (cls + aff).backward()
+        optimizer.step()
+        losses.append((cls.item(), aff.item()))
+    assert losses[-1][0] < 0.35 * losses[0][0]
+    assert losses[-1][1] < 0.8 * losses[30][1]
+    present = labels.nonzero().tolist()
+    for b in range(8):
+        assert set(mask[b].unique().tolist()) <= {0, 255} | {data.mask_value(c) for i, c in present if i == b}
+
+
+def test_non_finite_loss_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(aream, "classification_loss", lambda *a: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(FloatingPointError, match="loss nan in epoch 1, step 0: stopped"):
+        train(tmp_path)
+
+
+def test_missing_inputs_name_the_command_that_makes_them(tmp_path):
+    out = [*TINY, "--out", str(tmp_path), "--limit", "4"]
+    with pytest.raises(FileNotFoundError, match="last.pt: make it with  python train_cls.py --data toy"):
+        refine.main(out)
+    for what, command in (("cam", "refine.py"), ("pseudo", "refine.py"), ("pred", "train_seg.py")):
+        with pytest.raises(FileNotFoundError, match=f"4 of 4 files are missing .*python {command} --data toy"):
+            evaluate.main([*out, "--what", what])
+    with pytest.raises(FileNotFoundError, match="4 of 4 files are missing .*python refine.py"):
+        train_seg.main(out)
+    with pytest.raises(ValueError, match="--limit 0"):
+        train_cls.main([*TINY, "--out", str(tmp_path), "--limit", "0"])
+    with pytest.raises(ValueError, match="--device zebra: not a device"):
+        train_cls.main(["--data", "toy", "--device", "zebra"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees no CUDA GPU"):
+            train_cls.main(["--data", "toy", "--device", "cuda"])
+    with pytest.raises(ValueError, match="image size 60 is not a multiple"):
+        train_cls.main([*out, "--batch", "4", "--size", "60"])
+
+
+def test_checkpoints_of_something_else(tmp_path):
+    state = {"stage": "cls", "config": {"data": "VOC2012"}, "model": {}}
+    data.write_checkpoint(tmp_path / "cls" / "last.pt", state)
+    with pytest.raises(ValueError, match="was trained on VOC2012, not on toy"):
+        refine.main([*TINY, "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="not a checkpoint of train_seg.py"):
+        data.read_checkpoint(tmp_path / "cls" / "last.pt", "seg")
+    torch.save({"stage": "cls", "config": Path("x")}, tmp_path / "code.pt")  # anything but plain types is refused
+    with pytest.raises(ValueError, match="code.pt is not a checkpoint"):
+        data.read_checkpoint(tmp_path / "code.pt", "cls")
+
+
+@pytest.mark.parametrize("arch", train_seg.ARCHITECTURES[1:4])
+def test_cnn_architectures(arch, monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: pytest.fail("a download was tried"))
+    net = train_seg.build(arch, 4).eval()
+    with torch.no_grad():
+        assert net(torch.randn(1, 3, 65, 97))["out"].shape == (1, 5, 65, 97)
+    if arch == "deeplabv3_mobilenet_v2":
+        assert net.backbone(torch.randn(1, 3, 64, 96))["out"].shape == (1, 320, 4, 6)
+        source = torchvision.models.mobilenet_v2(weights=None).state_dict()
+        train_seg.load_backbone(net, arch, _saved(source))
+        assert torch.equal(net.backbone.features[3].conv[0][0].weight, source["features.3.conv.0.0.weight"])
+        with pytest.raises(ValueError, match="does not hold an ImageNet backbone for deeplabv3_resnet50"):
+            train_seg.load_backbone(train_seg.build("deeplabv3_resnet50", 4), "deeplabv3_resnet50", _saved(source))
+
+
+def _saved(state):
+    import tempfile
+    path = Path(tempfile.mkdtemp()) / "weights.pth"
+    torch.save(state, path)
+    return path
+
+
+def test_voc_and_coco_through_all_stages(tmp_path):
+    make_voc(tmp_path)
+    make_coco(tmp_path)
+    for name, split in (("VOC2012", "trainaug"), ("COCO2014", "train")):
+        common = ["--data", name, "--data-root", str(tmp_path), "--out", str(tmp_path / name), "--workers", "0", "--device", "cpu"]
+        train_cls.main([*common, "--preset", "toy", "--pretrained", "none", "--size", "32", "--batch", "2", "--epochs", "1",
+                        "--warmup-epochs", "0", "--coupling", "split", "--deep-from", "2"])
+        refine.main([*common, "--scales", "1"])
+        evaluate.main([*common, "--what", "cam"])
+        train_seg.main([*common, "--arch", "deeplabv3_mobilenet_v2", "--pretrained", "none", "--size", "33", "--batch", "2",
+                        "--epochs", "1", "--scales", "1"])
+        evaluate.main([*common, "--what", "pred"])
+        if name == "VOC2012":
+            with pytest.raises(ValueError, match="SegmentationClass is pixel ground truth"):
+                train_seg.main([*common, "--masks", str(tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real files, where AREAM_DATA says they are
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not REAL, reason="AREAM_DATA is not set")
+def test_real_voc():
+    for split in ("train", "val"):
+        dataset = data.open_data("VOC2012", REAL, split, limit=25)
+        for name in dataset.ids:
+            mask = dataset.mask(name)
+            assert mask.shape == dataset.image(name).size[::-1]
+            drawn = {data.mask_value(c) for c in dataset.labels(name)}
+            assert set(np.unique(mask).tolist()) - {0, data.IGNORE} <= drawn
+
+
+@pytest.mark.skipif(not REAL, reason="AREAM_DATA is not set")
+def test_real_coco_areas():
+    dataset = data.open_data("COCO2014", REAL, "train", limit=20)
+    for name in dataset.ids:
+        mask = dataset.mask(name)
+        assert mask.shape == dataset.image(name).size[::-1]
+        assert set(np.unique(mask).tolist()) - {0} <= {data.mask_value(c) for c in dataset.labels(name)}
