@@ -8,6 +8,8 @@ Expect every function to be compared with a loop or a hand-computed case in test
 Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens. An affinity may be given as (B, N, N) or
 as its patch-to-patch block (B, P, P): A[m, n] is how much patch m draws from patch n.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -35,8 +37,8 @@ def layer_entropy(cam, affinity, labels):
     P = cam.shape[-2] * cam.shape[-1]
     present = torch.einsum("bc,bcp->bp", labels.to(cam), cam.flatten(2))  # S^l is linear: sum over classes first
     spread = [(patch_block(a, P) @ present[..., None])[..., 0] for a in affinity]  # L x (B, P)
-    log_prob = torch.stack(spread, 1).float().log_softmax(-1)  # (B, L, P); exp(-inf) * -inf cannot arise: finite logits
-    return -(log_prob.exp() * log_prob).sum(-1) / torch.log(torch.tensor(2.0))
+    log_prob = torch.stack(spread, 1).float().log_softmax(-1)  # (B, L, P), finite, so p log p is too
+    return -(log_prob.exp() * log_prob).sum(-1) / math.log(2)
 
 
 def reactivation_weights(entropy, kind="entropy"):

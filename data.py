@@ -236,7 +236,7 @@ def draw_toy(name):
     classes = set()
     for _ in range(rng.integers(1, 4)):
         k = int(rng.integers(len(TOY_CLASSES)))
-        radius = rng.uniform(10, 17)
+        radius = rng.uniform(12, 21)
         body, cy, cx = toy_body(rng, y, x, radius)
         if (mask[body] > 0).sum() > 0.3 * body.sum():
             continue  # would hide another object
@@ -245,7 +245,7 @@ def draw_toy(name):
         texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0, (u % 5 < 3) & (v % 5 < 3),
                    np.hypot(u, v) % 4 < 2][k]
         image[body] = colour
-        badge = body & (np.hypot(u - rng.uniform(-3, 3), v - rng.uniform(-3, 3)) < 0.6 * radius)
+        badge = body & (np.hypot(u - rng.uniform(-3, 3), v - rng.uniform(-3, 3)) < 0.5 * radius)
         image[badge & texture] = colour * 0.35
         mask[body] = mask_value(k)
         classes.add(k)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import aream
 import data
 import refine
 
@@ -145,9 +146,9 @@ def evaluate_layers(dataset, model, deep_from, args, device):
 
     The paper's Figure 1, in one pass over the images. Returns name -> {"fixed", "best", "best_threshold"}.
     """
-    depth = len(model.blocks)
-    variants = {"unrefined": (), "all layers": tuple(range(depth)), "shallow layers": tuple(range(deep_from)),
-                "deep layers": tuple(range(deep_from, depth)), **{f"layer {l}": (l,) for l in range(depth)}}
+    shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
+    variants = {"unrefined": (), "all layers": (*shallow, *deep), "shallow layers": tuple(shallow),
+                "deep layers": tuple(deep), **{f"layer {l}": (l,) for l in (*shallow, *deep)}}
     counts, begin = {name: 0 for name in variants}, time.time()
     for i, name in enumerate(dataset.ids):
         pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
@@ -170,13 +171,16 @@ def is_ground_truth(dataset, folder):
     folder = Path(folder).resolve()
     if any(folder == f.resolve() for f in dataset.ground_truth_folders()):
         return True
+    compared = 0
     for name in dataset.ids[:20]:
         try:
-            if not np.array_equal(data.read_mask(folder / f"{name}.png"), dataset.mask(name)):
-                return False
+            target = dataset.mask(name)
         except FileNotFoundError:
+            continue
+        if not np.array_equal(data.read_mask(folder / f"{name}.png"), target):
             return False
-    return True
+        compared += 1
+    return compared > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +273,7 @@ def main(argv=None):
     title = f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
     if args.what == "layers":
         model, config = refine.load_classifier(args.out / "cls" / "last.pt", args.data, device)
-        deep_from = args.deep_from or config["deep_from"]
+        deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
         record["table"] = evaluate_layers(dataset, model, deep_from, args, device)
         print(f"{title}: seed mIoU in percent, deep layers from {deep_from}")
         print_layers(record["table"])

@@ -24,7 +24,7 @@ PAPER = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=1
 RECIPES = {  # defaults that differ from the paper's VOC run
     "VOC2012": {},
     "COCO2014": dict(split="train"),
-    "toy": dict(preset="toy", size=64, batch=32, epochs=45, warmup_epochs=30, pretrained="none", split="train",
+    "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=10, pretrained="none", split="train",
                 deep_from=2, affinity_weight=0.5, lr=1e-3),
 }
 
