@@ -228,11 +228,11 @@ def draw_toy(name):
     y, x = np.mgrid[:S, :S]
     coarse = Image.fromarray(rng.integers(40, 216, (6, 6, 3), dtype=np.uint8)).resize((S, S), Image.BICUBIC)
     grey = np.asarray(coarse, np.float32).mean(-1, keepdims=True)
-    image = 0.55 * grey + 0.45 * np.asarray(coarse, np.float32)
+    image = 0.8 * grey + 0.2 * np.asarray(coarse, np.float32)
     mask = np.zeros((S, S), np.uint8)
     for _ in range(rng.integers(2, 5)):  # clutter: bodies without a badge
         body, _, _ = toy_body(rng, y, x, rng.uniform(5, 10))
-        image[body] = rng.uniform(40, 215) + rng.uniform(-25, 25, 3)
+        image[body] = rng.uniform(40, 215) + rng.uniform(-15, 15, 3)
     classes = set()
     for _ in range(rng.integers(1, 4)):
         k = int(rng.integers(len(TOY_CLASSES)))

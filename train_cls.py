@@ -20,12 +20,12 @@ import model as vit
 from refine import pseudo_label
 
 PAPER = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto", split="trainaug",
-             deep_from=7, affinity_weight=0.1, lr=None)
+             deep_from=7, affinity_weight=0.1, drop_path=0.1, lr=None)
 RECIPES = {  # defaults that differ from the paper's VOC run
     "VOC2012": {},
     "COCO2014": dict(split="train"),
-    "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=10, pretrained="none", split="train",
-                deep_from=2, affinity_weight=0.5, lr=1e-3),
+    "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=8, pretrained="none", split="train",
+                deep_from=2, affinity_weight=2.0, drop_path=0.0, lr=1e-3),
 }
 
 
@@ -44,14 +44,14 @@ def parse_args(argv=None):
     add("--warmup-epochs", type=int, help="epochs without the AReAM loss")
     add("--lr", type=float, help="default 5e-4 * batch / 512; 1e-3 for toy")
     add("--weight-decay", type=float, default=0.05)
-    add("--drop-path", type=float, default=0.1)
+    add("--drop-path", type=float, help="default 0.1; 0 for toy")
     add("--reactivation", choices=aream.REACTIVATION, default="entropy", help="none: the plain classifier")
     add("--entropy", choices=("online", "static"), default="online",
         help="per image in each step, or averaged over the training images once, at the end of the warm-up")
     add("--coupling", choices=("all", "split"), default="all",
         help="every layer guides and is supervised, or those below --deep-from guide the others")
     add("--deep-from", type=int, help="first deep layer, 0-based (default 7; 2 for toy)")
-    add("--affinity-weight", type=float, help="of the AReAM loss (default 0.1; 0.5 for toy)")
+    add("--affinity-weight", type=float, help="of the AReAM loss (default 0.1; 2 for toy)")
     add("--low", type=float, default=0.35, help="low background score of the pseudo-label")
     add("--high", type=float, default=0.55, help="high background score")
     args = parser.parse_args(argv)
