@@ -144,10 +144,10 @@ def evaluate_cams(dataset, folder, command):
 def evaluate_layers(dataset, model, deep_from, args, device):
     """Seed mIoU with no refinement, with each layer's affinity alone, with the shallow, deep and all layers' mean.
 
-    The paper's Figure 1, in one pass over the images. Returns name -> {"fixed", "best", "best_threshold"}.
+    The paper's Figure 1, in one pass over the images. "unrefined" is the patch map times the class tokens' attention. Returns name -> {"fixed", "best", "best_threshold"}.
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
-    variants = {"unrefined": (), "all layers": (*shallow, *deep), "shallow layers": tuple(shallow),
+    variants = {"patch map alone": None, "unrefined": (), "all layers": (*shallow, *deep), "shallow layers": tuple(shallow),
                 "deep layers": tuple(deep), **{f"layer {l}": (l,) for l in (*shallow, *deep)}}
     counts, begin = {name: 0 for name in variants}, time.time()
     for i, name in enumerate(dataset.ids):

@@ -147,7 +147,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
-    the class-attended CAM as it is). Every scale is seen with its mirror image, padded to whole patches and cropped.
+    the class-attended CAM as it is; None: the patch map without the class tokens' attention). Every scale is seen with its mirror image, padded to whole patches and cropped.
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
@@ -164,7 +164,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
         attended = aream.class_attended_cam(out.cam, out.affinity)[:, class_ids]  # (2, K, gh, gw)
         blocks = [aream.patch_block(a, attended.shape[-2] * attended.shape[-1]) for a in out.affinity]
         for name, layers in variants.items():
-            cam = attended
+            cam = attended if layers is not None else out.cam[:, class_ids]
             if layers:
                 cam = random_walk(attended, sum(blocks[l] for l in layers) / len(layers), beta, steps)
             cam = F.interpolate(cam, size=padded.shape[-2:], mode="bilinear", align_corners=False)[..., :h, :w]

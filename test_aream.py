@@ -648,7 +648,7 @@ def test_four_stages_on_toy(tmp_path, capsys):
     records = data.read_json(out / "results.json", "")
     assert [r["what"] for r in records] == ["layers", "cam", "pseudo", "pred"]
     assert all(0 <= r[k] <= 100 for r, k in zip(records[1:], ("fixed", "labelled", "miou"))) and len(records[1]["curve"]) == 101
-    assert set(records[0]["table"]) == {"unrefined", "all layers", "shallow layers", "deep layers", "layer 0", "layer 1", "layer 2"}
+    assert set(records[0]["table"]) == {"patch map alone", "unrefined", "all layers", "shallow layers", "deep layers", "layer 0", "layer 1", "layer 2"}
     names = [f"toy_train_{i:04d}" for i in range(16)]
     assert sorted(p.stem for p in (out / "cam").glob("*.npz")) == sorted(p.stem for p in (out / "pseudo").glob("*.png")) == names
     assert len(list((out / "pred" / "val").glob("*.png"))) == 16
