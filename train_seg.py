@@ -33,7 +33,7 @@ BACKBONE_WEIGHTS = {  # ImageNet classification; torchvision's segmentation weig
 RECIPES = {  # defaults by kind of backbone; toy has its own
     "cnn": dict(size=321, batch=16, epochs=30, lr=0.01),
     "vit": dict(size=320, batch=16, epochs=30, lr=6e-5),
-    "toy": dict(size=64, batch=16, epochs=8, lr=2e-4),
+    "toy": dict(size=64, batch=16, epochs=6, lr=2e-4),
 }
 
 
@@ -141,7 +141,7 @@ def parse_args(argv=None):
     add("--pretrained", help="auto: ImageNet backbone of torchvision, or <out>/cls/last.pt for deeplabv3_vit; a path; none")
     add("--size", type=int, help="pixels a side of a training crop")
     add("--batch", type=int)
-    add("--epochs", type=int, help="default 30; 8 for toy")
+    add("--epochs", type=int, help="default 30; 6 for toy")
     add("--lr", type=float, help="of the backbone; the head has ten times as much. SGD for CNNs, AdamW for the ViT")
     add("--predict-split", default="val", help="split to predict after training")
     add("--scales", type=float, nargs="+", help="of the prediction (default 0.5 0.75 1 1.25 1.5; 1 for toy)")
