@@ -4,7 +4,7 @@ Reads  ground truth (nothing else does) and what --what names: <out>/cam, <out>/
        layers, <out>/cls/last.pt.
 Writes a record to <out>/results.json; --what demo also <out>/demo.png.
 Run    python evaluate.py --data VOC2012 --what pred --split val
-Expect not yet measured.
+Expect on 1 CPU thread, --what layers, DeiT-Tiny, VOC at 320 px, one scale: 3.7 images/s (2026-11-22).
 """
 import argparse
 import json

@@ -780,18 +780,14 @@ def test_cnn_architectures(arch, monkeypatch):
         assert net(torch.randn(1, 3, 65, 97))["out"].shape == (1, 5, 65, 97)
     if arch == "deeplabv3_mobilenet_v2":
         assert net.backbone(torch.randn(1, 3, 64, 96))["out"].shape == (1, 320, 4, 6)
-        source = torchvision.models.mobilenet_v2(weights=None).state_dict()
-        train_seg.load_backbone(net, arch, _saved(source))
-        assert torch.equal(net.backbone.features[3].conv[0][0].weight, source["features.3.conv.0.0.weight"])
-        with pytest.raises(ValueError, match="does not hold an ImageNet backbone for deeplabv3_resnet50"):
-            train_seg.load_backbone(train_seg.build("deeplabv3_resnet50", 4), "deeplabv3_resnet50", _saved(source))
-
-
-def _saved(state):
-    import tempfile
-    path = Path(tempfile.mkdtemp()) / "weights.pth"
-    torch.save(state, path)
-    return path
+    whole = getattr(torchvision.models, arch.removeprefix("deeplabv3_"))(weights=None).state_dict()
+    monkeypatch.setattr(vit, "read_weights", lambda source, preset: whole)
+    train_seg.load_backbone(net, arch, "classifier.pth")
+    first = next(v for v in whole.values() if v.ndim == 4)
+    assert torch.equal(next(p for p in net.backbone.parameters()), first)
+    del whole[next(k for k in whole if k.endswith("running_mean"))]
+    with pytest.raises(ValueError, match=f"classifier.pth does not hold an ImageNet backbone for {arch}"):
+        train_seg.load_backbone(net, arch, "classifier.pth")
 
 
 def test_voc_and_coco_through_all_stages(tmp_path):
