@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -36,7 +37,6 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 TOY_CLASSES = ("bars", "columns", "diagonals", "checks", "dots", "rings")
 TOY_SIZES = {"train": 600, "val": 150}
-DATASETS = ("VOC2012", "COCO2014", "toy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,18 +268,25 @@ def toy_colour(hue):
     return 135 + 95 * np.cos(hue - np.array([0, 2, 4]) * math.pi / 3)
 
 
+DATASETS = {"VOC2012": VOC2012, "COCO2014": COCO2014, "toy": Toy}
+
+
+def training_split(data):
+    """The split a data set is trained on unless --split says otherwise."""
+    return "trainaug" if data == "VOC2012" else "train"
+
+
 def open_data(data, root, split, limit=None, cache=None):
     """A dataset on one of its splits. limit: only the first so many images. cache: folder for rasterised masks.
 
     Raises ValueError / FileNotFoundError on an unknown data set or split, a missing folder, a list naming a missing
     image, limit < 1.
     """
-    known = {"VOC2012": VOC2012, "COCO2014": COCO2014, "toy": Toy}
-    if data not in known:
-        raise ValueError(f"unknown data set {data!r}: use {', '.join(known)}")
+    if data not in DATASETS:
+        raise ValueError(f"unknown data set {data!r}: use {', '.join(DATASETS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: at least one image is needed")
-    dataset = known[data](root, split, cache)
+    dataset = DATASETS[data](root, split, cache)
     if not dataset.ids:
         raise ValueError(f"the split {split!r} of {data} is empty")
     if len(set(dataset.ids)) < len(dataset.ids):
@@ -291,7 +298,7 @@ def open_data(data, root, split, limit=None, cache=None):
 
 def need_folder(path, remedy):
     if not path.is_dir():
-        raise FileNotFoundError(f"no folder {path}: {remedy} (see README, 'Data'), or point --data-root elsewhere")
+        raise FileNotFoundError(f"no folder {path}: {remedy} (see README), or point --data-root elsewhere")
 
 
 def label_vector(dataset, name):
@@ -309,6 +316,18 @@ def normalise(images):
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / std
+
+
+def mirrored_views(images, scale, multiple):
+    """Normalised images (1, 3, H, W) at a scale, with their mirror image -> (2, 3, ., .) and the size (h, w) in it.
+
+    Right and bottom are padded to whole multiples (of the patch size); results are to be cropped to (h, w).
+    """
+    h, w = (max(1, round(side * scale)) for side in images.shape[-2:])
+    if scale != 1:
+        images = F.interpolate(images, size=(h, w), mode="bilinear", align_corners=False)
+    both = torch.cat([images, images.flip(-1)])
+    return F.pad(both, [0, -w % multiple, 0, -h % multiple], mode="replicate"), (h, w)
 
 
 class ClassificationSet(Dataset):
@@ -334,10 +353,10 @@ class ClassificationSet(Dataset):
 class SegmentationSet(Dataset):
     """(image (3, size, size) uint8, mask (size, size) int64) with joint scale, flip and crop; padding is 255."""
 
-    def __init__(self, dataset, masks, size, short_side=None):
+    def __init__(self, dataset, masks, size):
         self.dataset, self.masks = dataset, Path(masks)
         self.transform = v2.Compose([
-            v2.ScaleJitter((short_side or size, short_side or size), scale_range=(0.5, 2.0), antialias=True),
+            v2.ScaleJitter((size, size), scale_range=(0.5, 2.0), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 124, tv_tensors.Mask: IGNORE}),
         ])

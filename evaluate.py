@@ -21,7 +21,8 @@ import data
 import refine
 
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
-FIXED_THRESHOLD = 0.45  # the middle of the band 0.35 .. 0.55 of the pseudo-labels: never tuned
+FIXED = 45  # index of the fixed threshold, 0.45: the middle of the band 0.35 .. 0.55 of the pseudo-labels, never tuned
+FIXED_THRESHOLD = FIXED / 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def summarise(counts):
     """Fixed and best threshold of a curve: {"fixed", "best", "best_threshold"}, mIoU in percent."""
     miou = [100 * scores(c)["miou"] for c in curve(counts)]
     best = int(np.argmax(miou))
-    return {"fixed": miou[int(round(FIXED_THRESHOLD * 100))], "best": miou[best], "best_threshold": best / 100}
+    return {"fixed": miou[FIXED], "best": miou[best], "best_threshold": best / 100}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,8 @@ def evaluate_cams(dataset, folder, command):
 def evaluate_layers(dataset, model, deep_from, args, device):
     """Seed mIoU with no refinement, with each layer's affinity alone, with the shallow, deep and all layers' mean.
 
-    The paper's Figure 1, in one pass over the images. "unrefined" is the patch map times the class tokens' attention. Returns name -> {"fixed", "best", "best_threshold"}.
+    The paper's Figure 1, in one pass over the images. "unrefined" is the patch map times the class tokens' attention.
+    Returns name -> {"fixed", "best", "best_threshold"}.
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     variants = {"patch map alone": None, "unrefined": (), "all layers": (*shallow, *deep), "shallow layers": tuple(shallow),
@@ -236,7 +238,7 @@ def demo(args, device):
         pixels, class_ids, photo = pil_to_tensor(photo).to(device), val.labels(name), np.asarray(photo)
         layers = {"raw": (), "refined": tuple(range(len(models[0].blocks)))}
         old, new = (refine.seed_cams(m, pixels, class_ids, layers, args.scales) for m in models)
-        pseudo = refine.pseudo_mask(pixels, class_ids, new["refined"], 0.35, 0.55)
+        pseudo = refine.pseudo_mask(pixels, class_ids, new["refined"])
         rows.append([photo, *(refine.heat(photo, c.amax(0)) for c in (old["raw"], old["refined"], new["refined"])),
                      refine.paint(pseudo.cpu()), refine.paint(data.read_mask(args.out / "pred" / "val" / f"{name}.png")),
                      refine.paint(val.mask(name))])
@@ -282,7 +284,7 @@ def main(argv=None):
         record.update(summarise(counts), curve=[round(100 * scores(c)["miou"], 2) for c in curve(counts)])
         print(f"{title}: mIoU {record['fixed']:.1f} at the fixed threshold {FIXED_THRESHOLD}; best {record['best']:.1f} at "
               f"{record['best_threshold']:.2f}, chosen with pixel labels")
-        print_classes(dataset, scores(curve(counts)[int(FIXED_THRESHOLD * 100)]))
+        print_classes(dataset, scores(curve(counts)[FIXED]))
     elif args.what == "pseudo":
         confusion, unlabelled = evaluate_masks(dataset, args.out / "pseudo", f"python refine.py {again}", pseudo=True)
         result = scores(confusion)

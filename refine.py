@@ -155,10 +155,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     total = {name: 0 for name in variants}
     images = data.normalise(pixels[None])
     for scale in scales:
-        h, w = max(1, round(H * scale)), max(1, round(W * scale))
-        scaled = F.interpolate(images, size=(h, w), mode="bilinear", align_corners=False) if scale != 1 else images
-        scaled = torch.cat([scaled, scaled.flip(-1)])
-        padded = F.pad(scaled, [0, -w % model.patch, 0, -h % model.patch], mode="replicate")
+        padded, (h, w) = data.mirrored_views(images, scale, model.patch)
         with data.autocast(pixels.device):
             out = model(padded, "affinity")
         attended = aream.class_attended_cam(out.cam, out.affinity)[:, class_ids]  # (2, K, gh, gw)
@@ -173,7 +170,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     return {name: aream.normalise_cam(cam, torch.ones_like(cam[..., 0, 0]))[0] for name, cam in total.items()}
 
 
-def pseudo_mask(pixels, class_ids, cam, low, high):
+def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55):
     """One image's pseudo-mask: pixels (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
     present = torch.ones(1, len(cam), device=cam.device)
     local = pseudo_label(pixels[None].float() / 255, cam[None], present, low, high)[0]  # values 0, 1..K, 255
@@ -247,7 +244,7 @@ def parse_args(argv=None):
 
 
 def finish_args(args):
-    args.split = args.split or ("trainaug" if args.data == "VOC2012" else "train")
+    args.split = args.split or data.training_split(args.data)
     args.scales = args.scales or ([1.0] if args.data == "toy" else [0.5, 1.0, 1.5])
     if min(args.scales) <= 0:
         raise ValueError(f"--scales {args.scales}: every scale must be above 0")

@@ -98,7 +98,7 @@ def test_forward_shapes_and_capture_modes():
         assert model(images, "logits").affinity == () and model(images, "affinity").affinity_logits == ()
         with torch.no_grad():
             torch.testing.assert_close(model(images, "affinity").class_logits, plain.class_logits, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(full.patch_logits, full.patch_logits.detach())
+            torch.testing.assert_close(full.patch_logits, plain.patch_logits, atol=1e-5, rtol=1e-4)
 
 
 def test_gradient_reaches_every_parameter():
@@ -564,8 +564,7 @@ def test_toy_is_deterministic_and_labelled():
     data.draw_toy.cache_clear()
     assert np.array_equal(np.asarray(train.image(train.ids[3])), first)
     for name in train.ids:
-        assert train.labels(name) == sorted(set(np.unique(train.mask(name)).tolist()) - {0} - {255} and
-                                            {v - 1 for v in np.unique(train.mask(name)).tolist() if v})
+        assert train.labels(name) == [v - 1 for v in np.unique(train.mask(name)).tolist() if v]
     assert not set(data.open_data("toy", None, "val").ids) & set(train.ids)
 
 

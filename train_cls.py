@@ -19,12 +19,12 @@ import data
 import model as vit
 from refine import pseudo_label
 
-PAPER = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto", split="trainaug",
+PAPER = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto",
              deep_from=7, affinity_weight=0.1, drop_path=0.1, lr=None)
 RECIPES = {  # defaults that differ from the paper's VOC run
     "VOC2012": {},
-    "COCO2014": dict(split="train"),
-    "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=8, pretrained="none", split="train",
+    "COCO2014": {},
+    "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=8, pretrained="none",
                 deep_from=2, affinity_weight=2.0, drop_path=0.0, lr=1e-3),
 }
 
@@ -58,6 +58,7 @@ def parse_args(argv=None):
     for key, value in {**PAPER, **RECIPES[args.data]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    args.split = args.split or data.training_split(args.data)
     if args.lr is None:
         args.lr = 5e-4 * args.batch / 512
     if not 0 <= args.warmup_epochs <= args.epochs or args.epochs < 1:
@@ -133,6 +134,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
     dataset = data.open_data(args.data, args.data_root, args.split, args.limit)
+    val = data.open_data(args.data, args.data_root, "val", args.limit)
     samples = data.ClassificationSet(dataset, args.size, train=True)
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
     model = vit.build(args.preset, len(dataset.classes), depth=args.depth, image_size=args.size)
@@ -146,10 +148,11 @@ def main(argv=None):
     elif args.pretrained != "none":
         vit.load_pretrained(model, args.pretrained)
     model.to(device).set_drop_path(args.drop_path)
-    no_decay = [p for n, p in model.named_parameters() if p.ndim < 2 or "token" in n or "pos_embed" in n]
-    decay = [p for n, p in model.named_parameters() if not (p.ndim < 2 or "token" in n or "pos_embed" in n)]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay},
-                                   {"params": no_decay, "weight_decay": 0.0}], lr=args.lr)
+    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or "token" in name or "pos_embed" in name  # not decayed
+        groups[plain]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
     first, entropy = 0, None
     if state:
         config = {k: state["config"][k] for k in ("preset", "depth", "size")}
@@ -157,7 +160,8 @@ def main(argv=None):
             raise ValueError(f"the checkpoint to go on from has {config}; give the same settings")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first, entropy = state["epoch"], state["entropy"]
+        first = state["epoch"]
+        entropy = None if state["entropy"] is None else state["entropy"].to(device)
     data.prepare_folder(folder, args)
     config = {"data": args.data, "classes": list(dataset.classes),
               **{k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, type(None)))}}
@@ -174,7 +178,7 @@ def main(argv=None):
         loader.sampler.set_epoch(epoch)
         torch.manual_seed(args.seed * 100_003 + epoch)  # drop-path; a resumed epoch repeats it
         if active and args.entropy == "static" and entropy is None:
-            entropy = mean_entropy(model, loader, device).to(device)
+            entropy = mean_entropy(model, loader, device)
         model.train()
         sums, epoch_begin = torch.zeros(2, device=device), time.time()
         for step, (pixels, labels) in enumerate(loader):
@@ -183,7 +187,7 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * done))
             if active:
-                fixed = entropy.to(device) if args.entropy == "static" else None
+                fixed = entropy if args.entropy == "static" else None
                 label, w_hat, _ = label_step(model, pixels, labels, guide, args, fixed)
             with data.autocast(device):
                 out = model(data.normalise(pixels), "logits" if active else False)
@@ -210,7 +214,6 @@ def main(argv=None):
         save("last.pt", epoch + 1)
         if epoch + 1 == args.warmup_epochs:
             save("warmup.pt", epoch + 1)
-    val = data.open_data(args.data, args.data_root, "val", args.limit)
     print(f"class mAP on val (information only, nothing is chosen by it): {validate(model, val, args, device):.1f}")
     print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on {device}")
 

@@ -121,9 +121,7 @@ def predict(net, pixels, scales, multiple=1):
     H, W = pixels.shape[-2:]
     images, total = data.normalise(pixels[None]), 0
     for scale in scales:
-        h, w = max(1, round(H * scale)), max(1, round(W * scale))
-        scaled = F.interpolate(images, size=(h, w), mode="bilinear", align_corners=False) if scale != 1 else images
-        padded = F.pad(torch.cat([scaled, scaled.flip(-1)]), [0, -w % multiple, 0, -h % multiple], mode="replicate")
+        padded, (h, w) = data.mirrored_views(images, scale, multiple)
         with data.autocast(pixels.device):
             logits = net(padded)["out"].float()[..., :h, :w]
         prob = F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=False).softmax(1)
@@ -146,7 +144,7 @@ def parse_args(argv=None):
     add("--predict-split", default="val", help="split to predict after training")
     add("--scales", type=float, nargs="+", help="of the prediction (default 0.5 0.75 1 1.25 1.5; 1 for toy)")
     args = parser.parse_args(argv)
-    args.split = args.split or ("trainaug" if args.data == "VOC2012" else "train")
+    args.split = args.split or data.training_split(args.data)
     args.arch = args.arch or ("deeplabv3_vit" if args.data == "toy" else "deeplabv3_resnet101")
     args.pretrained = args.pretrained or "auto"
     recipe = RECIPES["toy" if args.data == "toy" else "vit" if args.arch == "deeplabv3_vit" else "cnn"]
