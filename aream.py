@@ -116,28 +116,40 @@ def affinity_label(mask, grid):
     return label.masked_fill((one == IGNORE) | (other == IGNORE), IGNORE)
 
 
-def affinity_loss(prob, label, weight=None):
+def pair_weights(label):
+    """label (B, P, P) in {0, 1, 255} -> offset (B,) and weight (B, P, P) of affinity_loss.
+
+    With n1, n0 the pairs of the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1)
+    is, image by image, offset + sum(weight * prob): one product a layer, whatever the labels are.
+    """
+    same, different = (label == 1).float(), (label == 0).float()
+    same, different = 0.5 * same / (same.sum() + 1), 0.5 * different / (different.sum() + 1)
+    return same.sum((1, 2)), different - same
+
+
+def affinity_loss(prob, label):
     """Same-class pairs towards 1, different pairs towards 0, each side with half the weight.
 
-    prob (B, P, P) in [0, 1]; label (B, P, P) in {0, 1, 255}; weight (B,) of each image, 1 if absent. Returns (): with
-    n1, n0 the pairs of the batch,  0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1).
+    prob (B, P, P) in [0, 1]; label (B, P, P) in {0, 1, 255}. Returns (): with n1, n0 the pairs of the batch,
+    0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1).
     """
-    same, different = (label == 1).to(prob), (label == 0).to(prob)
-    share = torch.ones(len(prob)).to(prob) if weight is None else weight.to(prob)
-    attract = ((1 - prob) * same).sum((1, 2)) @ share / (same.sum() + 1)
-    repel = (prob * different).sum((1, 2)) @ share / (different.sum() + 1)
-    return 0.5 * attract + 0.5 * repel
+    offset, weight = pair_weights(label)
+    return offset.sum() + (weight * prob).sum()
 
 
 def aream_loss(affinity_logits, label, w_hat, supervised):
     """Mean over the supervised layers of w_hat^l times the affinity loss of that layer.
 
     affinity_logits: L maps (B, N, N); label (B, P, P); w_hat (B, L) or (L,), no gradient; supervised: layer indices.
+    Per image, w_hat multiplies that image's pairs inside the batch's sums.
     """
+    offset, weight = pair_weights(label)
     w_hat = w_hat.detach().expand(len(label), -1)
-    losses = [affinity_loss(patch_block(affinity_logits[l], label.shape[-1]).sigmoid(), label, w_hat[:, l])
-              for l in supervised]
-    return torch.stack(losses).mean()
+    total = 0
+    for l in supervised:
+        prob = patch_block(affinity_logits[l], label.shape[-1]).sigmoid()
+        total = total + ((offset + torch.einsum("bmn,bmn->b", prob, weight)) * w_hat[:, l]).sum()
+    return total / len(supervised)
 
 
 def classification_loss(class_logits, patch_logits, labels):

@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from contextlib import contextmanager
@@ -331,23 +332,88 @@ def mirrored_views(images, scale, multiple):
 
 
 class ClassificationSet(Dataset):
-    """(image (3, size, size) uint8, labels (C,)); augmented when it is trained on, else the whole image squeezed."""
+    """(image (3, size, size) uint8, squeezed to a square; labels (C,); width / height before; seed) by (index, seed)."""
 
-    def __init__(self, dataset, size, train):
-        self.dataset = dataset
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, (size, size)
         self.labels = torch.stack([label_vector(dataset, name) for name in dataset.ids])  # read, and checked, up front
-        augment = [v2.RandomResizedCrop(size, scale=(0.3, 1), antialias=True), v2.RandomHorizontalFlip(),
-                   v2.ColorJitter(0.4, 0.4, 0.4)]
-        self.transform = v2.Compose(augment if train else [v2.Resize((size, size), antialias=True)])
 
     def __len__(self):
         return len(self.dataset.ids)
 
     def __getitem__(self, key):
         index, seed = key
-        with seeded(seed):
-            image = self.transform(TF.pil_to_tensor(self.dataset.image(self.dataset.ids[index])))
-        return image, self.labels[index]
+        image = self.dataset.image(self.dataset.ids[index])
+        square = TF.resize(TF.pil_to_tensor(image), self.size, antialias=True)
+        return square, self.labels[index], image.width / image.height, seed
+
+
+def augment(images, aspects, seeds, size):
+    """Random resized crop (30 to 100 % of the area, sides 3:4 to 4:3), flip and colour jitter of a whole batch.
+
+    images (B, 3, S, S) uint8, squeezed from width / height = aspects (B,); seeds (B,) ints, which alone decide.
+    Returns (B, 3, size, size) uint8, on the device of images.
+    """
+    crops, jitter = [], []
+    for aspect, seed in zip(aspects.tolist(), seeds.tolist()):
+        rng = random.Random(seed)
+        area, ratio = rng.uniform(0.3, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = min(1, (area * ratio / aspect) ** 0.5), min(1, (area * aspect / ratio) ** 0.5)  # of the image's sides
+        x, y, flip = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h), rng.choice((-1, 1))
+        crops.append([[flip * w, 0, 2 * x + w - 1], [0, h, 2 * y + h - 1]])  # output to input, both in -1 .. 1
+        jitter.append([rng.uniform(0.6, 1.4) for _ in range(3)])
+    crops = torch.tensor(crops).to(images.device, non_blocking=True)
+    brightness, contrast, saturation = torch.tensor(jitter).to(images.device, non_blocking=True).T.view(3, -1, 1, 1, 1)
+    grid = F.affine_grid(crops, [len(images), 3, size, size], align_corners=False)
+    out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    grey_of = lambda rgb: (rgb * torch.tensor([0.299, 0.587, 0.114], device=rgb.device).view(3, 1, 1)).sum(1, keepdim=True)
+    out = (out * brightness).clamp_(0, 255)
+    out = torch.lerp(grey_of(out).mean((2, 3), keepdim=True), out, contrast).clamp_(0, 255)
+    out = torch.lerp(grey_of(out), out, saturation).clamp_(0, 255)
+    return out.round_().to(torch.uint8)
+
+
+class TrainingBatches:
+    """One epoch of augmented batches: pixels (B, 3, size, size) uint8 and labels (B, C), both on the device.
+
+    The images are decoded once, 9/7 as large as a training crop (288 px for 224; never larger than the data set's own),
+    and kept on the device if they take at most cache_gb; otherwise worker processes decode them again in every epoch.
+    Call set_epoch before each epoch: order and augmentation depend on (seed, epoch) alone. The last short batch is
+    dropped.
+    """
+
+    def __init__(self, dataset, size, batch, seed, workers, device, cache_gb):
+        self.samples = ClassificationSet(dataset, min(size * 9 // 7, dataset.mean_size))
+        self.size, self.batch, self.device = size, batch, device
+        self.loader = train_loader(self.samples, batch, seed, workers, device)
+        self.set_epoch = self.loader.sampler.set_epoch
+        self.cached = len(self.samples) * 3 * math.prod(self.samples.size) <= cache_gb * 2**30
+        self.images = self.aspects = None
+
+    def __len__(self):
+        return len(self.loader)
+
+    def decode(self):
+        """Fill the cache, with all worker processes, once."""
+        parts = []
+        for images, _, aspects, _ in DataLoader(self.samples, 64, sampler=[(i, 0) for i in range(len(self.samples))],
+                                                num_workers=self.loader.num_workers):
+            parts.append((images.to(self.device), aspects))
+            progress(f"{64 * len(parts)}/{len(self.samples)} images decoded")
+        self.images, self.aspects = (torch.cat(part) for part in zip(*parts))
+
+    def __iter__(self):
+        if self.cached and self.images is None:
+            self.decode()
+        for images, labels, aspects, seeds in self.from_cache() if self.cached else self.loader:
+            pixels = augment(images.to(self.device, non_blocking=True), aspects, seeds, self.size)
+            yield pixels, labels.to(self.device, non_blocking=True)
+
+    def from_cache(self):
+        keys = torch.tensor(list(self.loader.sampler))
+        for part in keys[:len(self) * self.batch].split(self.batch):
+            index, seeds = part.T
+            yield self.images[index.to(self.device)], self.samples.labels[index], self.aspects[index], seeds
 
 
 class SegmentationSet(Dataset):
@@ -546,6 +612,63 @@ def read_checkpoint(path, stage, data=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Profiling
+# ---------------------------------------------------------------------------------------------------------------------
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # bfloat16, dense, by the maker's data sheets
+
+
+def no_mark(phase):
+    """What stands in for a Stopwatch when nobody wants the time."""
+
+
+class Stopwatch:
+    """Seconds by phase: calling it with a name ends the phase of that name, waiting for the GPU first."""
+
+    def __init__(self, device):
+        self.device = device
+        self.reset()
+
+    def reset(self):
+        self.seconds, self.last = defaultdict(float), time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def __call__(self, phase):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.last
+        self.last = now
+
+    def table(self, steps, batch=1, flops=None):
+        """Print milliseconds a step by phase, images/s, peak memory and (flops: of the model, a step) utilisation.
+
+        Memory is the most allocated on the GPU since reset(), or, on a CPU, the most this process ever had.
+        Returns images/s.
+        """
+        total = sum(self.seconds.values())
+        for phase, seconds in self.seconds.items():
+            print(f"  {phase:<12} {1e3 * seconds / steps:9.1f} ms  {100 * seconds / total:4.0f} %")
+        rate = steps * batch / total
+        print(f"  {'together':<12} {1e3 * total / steps:9.1f} ms  {rate:.1f} images/s  peak memory {peak_memory(self.device):.0f} MiB")
+        if flops:
+            tera = flops * steps / total / 1e12
+            name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+            peak = next((p for key, p in PEAK_TFLOPS.items() if key in name), None)
+            print(f"  {name}: {tera:.2f} TFLOP/s of the model" + (f", {100 * tera / peak:.1f} % of {peak}" if peak else ""))
+        return rate
+
+
+def peak_memory(device):
+    """MiB: most allocated on a GPU since the last reset, or on a CPU the most this process ever had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line that all stages share
 # ---------------------------------------------------------------------------------------------------------------------
 def common_arguments(parser):
@@ -576,7 +699,7 @@ def start(args):
     return device
 
 
-def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root")):
+def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "cache_gb", "profile")):
     """Make a stage's folder and its args.json.
 
     A folder in use needs --resume (same settings, else ValueError) or --overwrite (its files are deleted).

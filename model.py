@@ -142,6 +142,12 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             block.drop_path.p = rate * i / max(1, len(self.blocks) - 1)
 
+    def flops(self, grid):
+        """Floating-point operations of one image's forward pass, matrix products only, for a (gh, gw) of patches."""
+        P, D, C = grid[0] * grid[1], self.dim, self.num_classes
+        block = 24 * (C + P) * D**2 + 4 * (C + P)**2 * D  # qkv, projection and MLP; both products of attention
+        return len(self.blocks) * block + 2 * P * D * (3 * self.patch**2 + 9 * C)
+
     def position_embedding(self, grid):
         """The patch position embedding for an explicit (gh, gw), resized bicubically -> (1, gh * gw, D)."""
         if grid == self.grid:

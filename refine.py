@@ -19,6 +19,8 @@ import data
 import model as vit
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
+ITERATIONS = 10
+KERNEL_SUM = 1.01  # 1 from the colours, 0.01 from the distances
 NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
 
@@ -59,20 +61,26 @@ def par_kernel(images, dilations=DILATIONS):
     images (B, 3, H, W) -> (B, neighbours, H, W) float32, summing to 1.01 over the neighbours: softmax of
     -mean over RGB of (|I_n - I| / (0.3 std_n))^2, plus 0.01 times the same softmax of the neighbours' distances.
     """
-    images = images.float()
+    images, size, n = images.float(), images.shape[-2:], 8 * len(dilations)
     padded = F.pad(images, [max(dilations)] * 4, mode="replicate")
-    step = torch.stack(list(neighbours(padded, dilations, images.shape[-2:])), 2) - images[:, :, None]  # (B, 3, n, H, W)
-    square = step.square()
-    n = step.shape[2]  # std over the neighbours, from the steps: shifting all of them by I does not change it
-    variance = (square.sum(2) - step.sum(2).square() / n).clamp_min(0) / (n - 1)
-    weight = -1 / (3 * (0.3 * (variance.sqrt() + 1e-8)).square())  # (B, 3, H, W), the mean over RGB included
-    colour = (square * weight[:, :, None]).sum(1)  # (B, n, H, W)
+    total, squares = torch.zeros_like(images), torch.zeros_like(images)
+    for near in neighbours(padded, dilations, size):  # one at a time: all 48 at once do not fit in a CPU's cache
+        step = near - images  # the std over the neighbours is that of the steps: all are shifted by I
+        total.add_(step)
+        squares.addcmul_(step, step)
+    std = ((squares - total.square() / n).clamp_min(0) / (n - 1)).sqrt()
+    weight = 1 / (0.3 * (std + 1e-8) * 3**0.5)  # (B, 3, H, W), the mean over RGB included
+    here, colour = images * weight, images.new_empty(len(images), n, *size)
+    for i, near in enumerate(neighbours(padded, dilations, size)):
+        torch.sum((near * weight).sub_(here).square_(), 1, out=colour[:, i])
+    colour = colour.sub_(colour.amin(1, keepdim=True)).neg_().exp_()
+    colour.div_(colour.sum(1, keepdim=True))  # the softmax of -colour, in place
     distance = torch.tensor([d * (2.0**0.5 if dy and dx else 1.0) for d in dilations for dy, dx in NEIGHBOURS])
     place = -(distance / (distance.std() + 1e-8) / 0.3).square()  # (n,)
-    return colour.softmax(1) + 0.01 * place.softmax(0).to(images.device).view(1, -1, 1, 1)
+    return colour.add_((KERNEL_SUM - 1) * place.softmax(0).to(images.device).view(1, -1, 1, 1))
 
 
-def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=10):
+def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATIONS):
     """Smooth scores along image content: iterations of the kernel-weighted sum over neighbours.
 
     images (B, 3, H, W), any linear range; score (B, K, H, W) of the same H and W. Returns (B, K, H, W) float32; the
@@ -80,10 +88,16 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=10):
     """
     if images.shape[-2:] != score.shape[-2:]:
         raise ValueError(f"images are {tuple(images.shape[-2:])} and scores {tuple(score.shape[-2:])} pixels: resize one")
-    chunk = max(1, 2**14 // images[0, 0].numel())
-    if images.device.type == "cpu" and len(images) > chunk:  # a few at a time: what stays in the cache is much faster
-        return torch.cat([pixel_adaptive_refine(*part, dilations, iterations)
-                          for part in zip(images.split(chunk), score.split(chunk))])
+    if images.device.type == "cpu":  # few images at a time stay in the cache, and absent classes need no work
+        chunk = max(1, 2**14 // images[0, 0].numel())
+        if len(images) > chunk:
+            return torch.cat([pixel_adaptive_refine(*part, dilations, iterations)
+                              for part in zip(images.split(chunk), score.split(chunk))])
+        used = score.flatten(2).any(-1).any(0)
+        if not used.all():
+            refined = torch.zeros_like(score, dtype=torch.float32)
+            refined[:, used] = pixel_adaptive_refine(images, score[:, used], dilations, iterations)
+            return refined
     kernel = par_kernel(images, dilations)
     score = score.float()
     for _ in range(iterations):
@@ -114,12 +128,15 @@ def pseudo_label(images, cam, labels, low=0.35, high=0.55):
     cam = F.interpolate(cam[rows, class_ids].float(), size=half, mode="bilinear", align_corners=False)  # (B, K, h, w)
     cam = cam.masked_fill(present[..., None, None] == 0, float("-inf"))
     background = [torch.full_like(cam[:, :1], beta) for beta in (low, high)]
-    score = torch.cat([torch.cat([b, cam], 1).softmax(1) for b in background], 1)  # (B, 2 (K + 1), h, w)
+    score = torch.cat([torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background], 1)  # (B, 2 K, h, w)
     small = F.interpolate(images.float(), size=half, mode="bilinear", align_corners=False)
     score = pixel_adaptive_refine(small, score)
     score = F.interpolate(score, size=(H, W), mode="bilinear", align_corners=False)
+    total = KERNEL_SUM**ITERATIONS  # of all K + 1 channels: the background's is what the classes leave of it
     values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)  # (B, K + 1)
-    at_low, at_high = (values.gather(1, s.argmax(1).flatten(1)).view(-1, H, W) for s in score.chunk(2, 1))
+    at_low, at_high = (
+        values.gather(1, torch.cat([total - s.sum(1, keepdim=True), s], 1).argmax(1).flatten(1)).view(-1, H, W)
+        for s in score.chunk(2, 1))
     return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
 
 
@@ -240,6 +257,7 @@ def parse_args(argv=None):
     add("--low", type=float, default=0.35, help="low background score")
     add("--high", type=float, default=0.55, help="high background score; between the two lies the band of 255")
     add("--pictures", type=int, default=0, metavar="N", help="also write a contact sheet of the first N images")
+    add("--profile", type=int, metavar="N", help="time N images and write nothing")
     return finish_args(parser.parse_args(argv))
 
 
@@ -251,15 +269,34 @@ def finish_args(args):
     return args
 
 
+def profile(model, dataset, variants, args, device):
+    """Print where the time of --profile images goes; writes nothing."""
+    watch, warm_up = data.Stopwatch(device), 2
+    for i in range(warm_up + args.profile):
+        name = dataset.ids[i % len(dataset.ids)]
+        pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
+        watch("load")
+        cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)["seed"]
+        watch("CAM")
+        pseudo_mask(pixels, class_ids, cam, args.low, args.high).cpu()
+        watch("PAR")
+        if i == warm_up - 1:
+            watch.reset()
+    print(f"refine.py, {dataset.name}, scales {args.scales}, {device}")
+    watch.table(args.profile)
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
     dataset = data.open_data(args.data, args.data_root, args.split, args.limit)
     model, _ = load_classifier(args.out / "cls" / "last.pt", args.data, device)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
+    if args.profile:
+        return profile(model, dataset, variants, args, device)
     cams, masks = args.out / "cam", args.out / "pseudo"
     for folder in (cams, masks):
-        data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "pictures"))
+        data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "pictures", "profile"))
     begin, made = time.time(), 0
     for i, name in enumerate(dataset.ids):
         if (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file():

@@ -279,7 +279,8 @@ def test_affinity_loss_against_a_loop():
             term = 0.5 * (1 - p) / (n1 + 1) if y == 1 else 0.5 * p / (n0 + 1) if y == 0 else 0.0
             plain, weighted = plain + term, weighted + term * weight[b].item()
     assert aream.affinity_loss(prob, label).item() == pytest.approx(plain, rel=1e-5)
-    assert aream.affinity_loss(prob, label, weight).item() == pytest.approx(weighted, rel=1e-5)
+    one_layer = aream.aream_loss((prob.logit(),), label, weight[:, None], [0])  # the weight of each image
+    assert one_layer.item() == pytest.approx(weighted, rel=1e-5)
     assert aream.affinity_loss(prob, torch.full_like(label, 255)).item() == 0.0
     logits = tuple(torch.randn(2, 6, 6) for _ in range(3))
     w_hat = torch.tensor([0.2, 0.5, 1.0])
@@ -699,7 +700,8 @@ def test_training_resumes_to_the_same_weights(tmp_path):
         train(tmp_path / "whole", "--resume", epochs=4)
 
 
-@pytest.mark.parametrize("more", [["--reactivation", "uniform", "--coupling", "split"], ["--entropy", "static"]])
+@pytest.mark.parametrize("more", [["--reactivation", "uniform", "--coupling", "split"], ["--entropy", "static"],
+                                  ["--labels", "one-view"], ["--labels", "shared"]])
 def test_other_settings_run(tmp_path, more):
     state = train(tmp_path, *more, limit=8)
     assert (state["entropy"] is not None) == ("static" in more)
@@ -717,7 +719,8 @@ def test_a_few_images_are_learnt():
     for step in range(60):
         active = step >= 30
         if active:
-            label, w_hat, mask = train_cls.label_step(model, pixels, labels, range(4), args)
+            out = train_cls.label_pass(model, pixels, args)
+            label, w_hat, mask = train_cls.make_labels(out, pixels, labels, range(4), args)
             assert model.training
         out = model(data.normalise(pixels), "logits" if active else False)
         cls = aream.classification_loss(out.class_logits, out.patch_logits, labels)

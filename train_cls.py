@@ -52,8 +52,13 @@ def parse_args(argv=None):
         help="every layer guides and is supervised, or those below --deep-from guide the others")
     add("--deep-from", type=int, help="first deep layer, 0-based (default 7; 2 for toy)")
     add("--affinity-weight", type=float, help="of the AReAM loss (default 0.1; 2 for toy)")
+    add("--labels", choices=("two-views", "one-view", "shared"), default="two-views",
+        help="made in an extra pass in eval mode over the image and its mirror image (default), over the image alone, or "
+             "in the training pass itself, drop-path included")
     add("--low", type=float, default=0.35, help="low background score of the pseudo-label")
     add("--high", type=float, default=0.55, help="high background score")
+    add("--cache-gb", type=float, default=4, help="keep the decoded images on the device if they fit in this; 0: never")
+    add("--profile", type=int, metavar="N", help="time N steps, plain and with the AReAM loss, and write nothing")
     args = parser.parse_args(argv)
     for key, value in {**PAPER, **RECIPES[args.data]}.items():
         if getattr(args, key) is None:
@@ -67,38 +72,105 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def label_step(model, pixels, labels, guide, args, entropy=None):
-    """The affinity labels and counterpart weights of a batch, from the current model in eval mode.
+def label_pass(model, pixels, args):
+    """The forward pass that labels are made from, in eval mode: pixels (B, 3, H, W) uint8 -> ViTOutput of V * B images.
 
-    pixels (B, 3, H, W) uint8; labels (B, C); entropy (L,) in bits replaces each image's own (--entropy static).
-    Returns label (B, P, P) in {0, 1, 255}, w_hat (B, L), mask (B, H, W). The image and its mirror image are both seen.
+    V views: the image, and with --labels two-views its mirror image.
     """
-    images, B = data.normalise(pixels), len(pixels)
+    images = data.normalise(pixels)
     model.eval()
     with data.autocast(pixels.device):
-        out = model(torch.cat([images, images.flip(-1)]), "affinity")
+        out = model(torch.cat([images, images.flip(-1)]) if args.labels == "two-views" else images, "affinity")
     model.train()
-    if entropy is None:
-        both = aream.layer_entropy(out.cam, out.affinity, labels.repeat(2, 1))  # (2B, L)
-        entropy = both.view(2, B, -1).mean(0)
-    w, w_hat = aream.reactivation_weights(entropy.expand(B, -1), args.reactivation)
-    guided = aream.guided_cam(out.cam, out.affinity, w.repeat(2, 1), guide)  # (2B, C, gh, gw)
-    cam = guided[:B] + guided[B:].flip(-1)
-    size = [side // 2 for side in pixels.shape[-2:]]  # PAR works at half size
-    cam = aream.normalise_cam(F.interpolate(cam, size=size, mode="bilinear", align_corners=False), labels)
-    mask = pseudo_label(pixels.float() / 255, cam, labels, args.low, args.high)
-    return aream.affinity_label(mask, out.cam.shape[-2:]), w_hat, mask
+    return out
 
 
 @torch.no_grad()
-def mean_entropy(model, loader, device):
-    """Layer entropy averaged over the images of a loader -> (L,) bits."""
+def make_labels(out, pixels, labels, guide, args, entropy=None, mark=data.no_mark):
+    """The affinity labels and counterpart weights of a batch, from a forward pass over one or two views of it.
+
+    out: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; labels (B, C); guide: layer indices; entropy (L,) in bits
+    replaces each image's own (--entropy static). Returns label (B, P, P) in {0, 1, 255}, w_hat (B, L), mask (B, H, W).
+    """
+    B = len(pixels)
+    V = len(out.cam) // B
+    if entropy is None:
+        entropy = aream.layer_entropy(out.cam, out.affinity, labels.repeat(V, 1)).view(V, B, -1).mean(0)  # (B, L)
+    w, w_hat = aream.reactivation_weights(entropy.expand(B, -1), args.reactivation)
+    cam = aream.guided_cam(out.cam, out.affinity, w.repeat(V, 1), guide)  # (V * B, C, gh, gw)
+    if V == 2:
+        cam = cam[:B] + cam[B:].flip(-1)
+    size = [side // 2 for side in pixels.shape[-2:]]  # PAR works at half size
+    cam = aream.normalise_cam(F.interpolate(cam, size=size, mode="bilinear", align_corners=False), labels)
+    mark("label CAM")
+    mask = pseudo_label(pixels.float() / 255, cam, labels, args.low, args.high)
+    label = aream.affinity_label(mask, out.cam.shape[-2:])
+    mark("PAR")
+    return label, w_hat, mask
+
+
+def train_step(model, optimizer, batch, args, active, coupling, entropy=None, mark=data.no_mark):
+    """One optimiser step on batch = (pixels, labels) -> its classification and affinity loss, (2,) detached.
+
+    active: with the AReAM loss. coupling: the guide and the supervised layers. Raises FloatingPointError, with the
+    weights as they were, if the loss is not finite.
+    """
+    (pixels, labels), (guide, supervised) = batch, coupling
+    shared = active and args.labels == "shared"
+    if active and not shared:
+        label, w_hat, _ = make_labels(label_pass(model, pixels, args), pixels, labels, guide, args, entropy, mark)
+    with data.autocast(pixels.device):
+        out = model(data.normalise(pixels), True if shared else "logits" if active else False)
+    mark("forward")
+    if shared:
+        label, w_hat, _ = make_labels(out, pixels, labels, guide, args, entropy, mark)
+    cls_loss = aream.classification_loss(out.class_logits.float(), out.patch_logits.float(), labels)
+    aff_loss = (aream.aream_loss(out.affinity_logits, label, w_hat, supervised) if active
+                else torch.zeros((), device=pixels.device))
+    loss = cls_loss + args.affinity_weight * aff_loss
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss {loss.item()}")
+    mark("loss")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    mark("backward")
+    optimizer.step()
+    mark("optimiser")
+    return torch.stack([cls_loss.detach(), aff_loss.detach()])
+
+
+def profile(model, optimizer, batches, args, coupling, device):
+    """Print where the time of --profile steps goes, plain and with the AReAM loss; writes nothing."""
+    views = {"two-views": 2, "one-view": 1, "shared": 0}[args.labels]
+    forward = args.batch * model.flops((args.size // model.patch,) * 2)
+    rates = []
+    for active in (False, True)[:1 + (args.reactivation != "none")]:
+        watch, step = data.Stopwatch(device), -2  # two steps to warm up
+        while step < args.profile:
+            for batch in batches:
+                watch("load")
+                train_step(model, optimizer, batch, args, active, coupling, mark=watch)
+                step += 1
+                if step == 0:
+                    watch.reset()
+                if step == args.profile:
+                    break
+        print(f"{'AReAM' if active else 'plain'} step, {args.preset}, {args.size} px, batch {args.batch}, {device}")
+        rates.append(watch.table(args.profile, args.batch, forward * (3 + views * active)))
+    images = len(batches.samples)
+    seconds = images * (args.warmup_epochs / rates[0] + (args.epochs - args.warmup_epochs) / rates[-1])
+    print(f"{args.epochs} epochs, {args.warmup_epochs} of them warm-up, of {images} images at these rates: {seconds / 60:.1f} minutes")
+
+
+@torch.no_grad()
+def mean_entropy(model, batches):
+    """Layer entropy averaged over the images of an epoch -> (L,) bits."""
     model.eval()
     total, count = 0, 0
-    for pixels, labels in loader:
-        with data.autocast(device):
-            out = model(data.normalise(pixels.to(device)), "affinity")
-        total = total + aream.layer_entropy(out.cam, out.affinity, labels.to(device)).sum(0)
+    for pixels, labels in batches:
+        with data.autocast(pixels.device):
+            out = model(data.normalise(pixels), "affinity")
+        total = total + aream.layer_entropy(out.cam, out.affinity, labels).sum(0)
         count += len(labels)
     model.train()
     return total / count
@@ -107,10 +179,10 @@ def mean_entropy(model, loader, device):
 @torch.no_grad()
 def validate(model, dataset, args, device):
     """Class mAP in percent on a split (mean over classes that occur of the average precision over images)."""
-    samples = data.ClassificationSet(dataset, args.size, train=False)
+    samples = data.ClassificationSet(dataset, args.size)
     model.eval()
     logits, target = [], []
-    for pixels, labels in data.plain_loader(samples, args.batch, args.workers):
+    for pixels, labels, _, _ in data.plain_loader(samples, args.batch, args.workers):
         with data.autocast(device):
             out = model(data.normalise(pixels.to(device)))
         logits.append((out.class_logits + out.patch_logits).float().cpu())
@@ -135,10 +207,9 @@ def main(argv=None):
     device = data.start(args)
     dataset = data.open_data(args.data, args.data_root, args.split, args.limit)
     val = data.open_data(args.data, args.data_root, "val", args.limit)
-    samples = data.ClassificationSet(dataset, args.size, train=True)
-    loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
+    batches = data.TrainingBatches(dataset, args.size, args.batch, args.seed, args.workers, device, args.cache_gb)
     model = vit.build(args.preset, len(dataset.classes), depth=args.depth, image_size=args.size)
-    guide, supervised = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
+    coupling = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
     folder = args.out / "cls"
     state = None
     if args.resume and (folder / "last.pt").is_file():
@@ -162,10 +233,12 @@ def main(argv=None):
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
         entropy = None if state["entropy"] is None else state["entropy"].to(device)
+    if args.profile:
+        return profile(model, optimizer, batches, args, coupling, device)
     data.prepare_folder(folder, args)
     config = {"data": args.data, "classes": list(dataset.classes),
               **{k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, type(None)))}}
-    per_epoch = len(loader)
+    per_epoch = len(batches)
 
     def save(name, epoch):
         data.write_checkpoint(folder / name, {
@@ -175,36 +248,26 @@ def main(argv=None):
     begin = time.time()
     for epoch in range(first, args.epochs):
         active = args.reactivation != "none" and epoch >= args.warmup_epochs
-        loader.sampler.set_epoch(epoch)
+        batches.set_epoch(epoch)
         torch.manual_seed(args.seed * 100_003 + epoch)  # drop-path; a resumed epoch repeats it
         if active and args.entropy == "static" and entropy is None:
-            entropy = mean_entropy(model, loader, device)
+            entropy = mean_entropy(model, batches)
         model.train()
         sums, epoch_begin = torch.zeros(2, device=device), time.time()
-        for step, (pixels, labels) in enumerate(loader):
-            pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for step, batch in enumerate(batches):
             done = (epoch + step / per_epoch) / args.epochs
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * done))
-            if active:
-                fixed = entropy if args.entropy == "static" else None
-                label, w_hat, _ = label_step(model, pixels, labels, guide, args, fixed)
-            with data.autocast(device):
-                out = model(data.normalise(pixels), "logits" if active else False)
-            cls_loss = aream.classification_loss(out.class_logits.float(), out.patch_logits.float(), labels)
-            aff_loss = (aream.aream_loss(out.affinity_logits, label, w_hat, supervised) if active
-                        else torch.zeros((), device=device))
-            loss = cls_loss + args.affinity_weight * aff_loss
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss {loss.item()} in epoch {epoch + 1}, step {step}: stopped; the last good "
-                                         f"state is in {folder}; lower --lr or look at the images of this step")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            sums += torch.stack([cls_loss.detach(), aff_loss.detach()])
+            try:
+                losses = train_step(model, optimizer, batch, args, active, coupling,
+                                    entropy if args.entropy == "static" else None)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} in epoch {epoch + 1}, step {step}: stopped; the last good state is in "
+                                         f"{folder}; lower --lr or look at the images of this step") from error
+            sums += losses
             if step % 20 == 19:
                 rate = (step + 1) * args.batch / (time.time() - epoch_begin)
-                data.progress(f"step {step + 1}/{per_epoch}  loss {loss.item():.4f}  {rate:.1f} images/s")
+                data.progress(f"step {step + 1}/{per_epoch}  losses {losses[0]:.4f} {losses[1]:.4f}  {rate:.1f} images/s")
         seconds = time.time() - epoch_begin
         cls_mean, aff_mean = (sums / per_epoch).tolist()
         left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
