@@ -89,7 +89,7 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
     if images.shape[-2:] != score.shape[-2:]:
         raise ValueError(f"images are {tuple(images.shape[-2:])} and scores {tuple(score.shape[-2:])} pixels: resize one")
     if images.device.type == "cpu":  # few images at a time stay in the cache, and absent classes need no work
-        chunk = max(1, 2**14 // images[0, 0].numel())
+        chunk = max(1, 2**16 // images[0, 0].numel())
         if len(images) > chunk:
             return torch.cat([pixel_adaptive_refine(*part, dilations, iterations)
                               for part in zip(images.split(chunk), score.split(chunk))])
@@ -135,7 +135,7 @@ def pseudo_label(images, cam, labels, low=0.35, high=0.55):
     total = KERNEL_SUM**ITERATIONS  # of all K + 1 channels: the background's is what the classes leave of it
     values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)  # (B, K + 1)
     at_low, at_high = (
-        values.gather(1, torch.cat([total - s.sum(1, keepdim=True), s], 1).argmax(1).flatten(1)).view(-1, H, W)
+        values.gather(1, torch.cat([total - s.sum(1, keepdim=True), s], 1).max(1).indices.flatten(1)).view(-1, H, W)
         for s in score.chunk(2, 1))
     return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
 

@@ -126,7 +126,7 @@ def predict(net, pixels, scales, multiple=1):
             logits = net(padded)["out"].float()[..., :h, :w]
         prob = F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=False).softmax(1)
         total = total + prob[0] + prob[1].flip(-1)
-    return total.argmax(0).to(torch.uint8)
+    return total.max(0).indices.to(torch.uint8)  # many times faster than argmax on a CPU
 
 
 def parse_args(argv=None):
