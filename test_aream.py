@@ -1,11 +1,16 @@
 """Sanity checks on small synthetic inputs, CPU only:  make test  (or: python -m pytest -q test_aream.py)
 
 With AREAM_DATA=<folder that holds VOCdevkit and COCO2014> a few tests also read real files; without it they skip.
+python test_aream.py prints the README's speed table: this code against the naive rendering that the tests compare with.
 """
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import aream
 import data
@@ -23,6 +29,7 @@ import refine
 import train_cls
 import train_seg
 
+THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # tiny tensors are many times slower with more
 REAL = os.environ.get("AREAM_DATA")
 
@@ -619,6 +626,132 @@ def test_sampler_depends_on_seed_and_epoch_only():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The naive rendering: every head kept, a second pass for the labels, PAR image by image and threshold by threshold
+# ---------------------------------------------------------------------------------------------------------------------
+def naive_forward(model, images):
+    """Class logits, patch logits, patch map, and all heads' logits and attention, (L, B, A, N, N) each."""
+    B, C, A, grid = len(images), model.num_classes, model.blocks[0].attn.heads, [s // model.patch for s in images.shape[2:]]
+    patches = model.patch_embed(images).flatten(2).transpose(1, 2) + model.position_embedding(tuple(grid))
+    x = torch.cat([(model.class_tokens + model.class_pos_embed).expand(B, -1, -1), patches], 1)
+    logits, prob = [], []
+    for block in model.blocks:
+        q, k, v = block.attn.qkv(block.norm1(x)).view(*x.shape[:2], 3, A, -1).permute(2, 0, 3, 1, 4)
+        logits.append(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5)
+        prob.append(logits[-1].softmax(-1))
+        x = x + block.drop_path(block.attn.proj((prob[-1] @ v).transpose(1, 2).flatten(2)))
+        x = x + block.drop_path(block.mlp(block.norm2(x)))
+    patch_map = model.head(x[:, C:].transpose(1, 2).unflatten(2, grid))
+    return x[:, :C].mean(-1), patch_map.mean((2, 3)), patch_map, torch.stack(logits), torch.stack(prob)
+
+
+def naive_neighbours(x):
+    """(K, H, W) -> (K, 48, H, W)."""
+    padded = F.pad(x[None], [24] * 4, mode="replicate")[0]
+    H, W = x.shape[-2:]
+    return torch.stack([padded[:, 24 + dy * d:24 + dy * d + H, 24 + dx * d:24 + dx * d + W] for d in refine.DILATIONS
+                        for dy, dx in refine.NEIGHBOURS], 1)
+
+
+def naive_batch_par(image, score):
+    """PAR of one image (3, H, W) and its scores (K, H, W), all neighbours of everything at once."""
+    near = naive_neighbours(image)
+    colour = -((near - image[:, None]).abs() / (near.std(1, keepdim=True) + 1e-8) / 0.3).square().mean(0)
+    length = torch.tensor([math.hypot(dy * d, dx * d) for d in refine.DILATIONS for dy, dx in refine.NEIGHBOURS])
+    place = -(length / (length.std() + 1e-8) / 0.3).square()
+    kernel = colour.softmax(0) + 0.01 * place.softmax(0)[:, None, None]
+    for _ in range(10):
+        score = (naive_neighbours(score) * kernel).sum(1)
+    return score
+
+
+def naive_pseudo_label(image, cam, label, low=0.35, high=0.55):
+    """One image (3, H, W) in [0, 1], cam (C, h, w), label (C,) -> (H, W)."""
+    H, W = image.shape[-2:]
+    resize = lambda x, size: F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
+    small, classes, maps = resize(image, (H // 2, W // 2)), label.nonzero()[:, 0], []
+    values = torch.cat([torch.zeros(1, dtype=torch.int64), classes + 1])
+    for beta in (low, high):
+        score = resize(cam[classes], (H // 2, W // 2))
+        score = torch.cat([torch.full_like(score[:1], beta), score]).softmax(0)
+        maps.append(values[resize(naive_batch_par(small, score), (H, W)).argmax(0)])
+    return torch.where(maps[1] > 0, maps[1], torch.where(maps[0] > 0, 255, 0))
+
+
+def naive_cam(model, images, guide, kind, labels):
+    """Guided CAM (B, C, gh, gw) of normalised images with entropy weights averaged with the mirror image, and w_hat (B, L)."""
+    B, C = len(images), model.num_classes
+    both = torch.cat([images, images.flip(-1)])
+    _, _, patch_map, _, prob = naive_forward(model, both)
+    affinity, cam = prob.mean(2), patch_map.relu()  # (L, 2B, N, N)
+    flat, S = cam.flatten(2), affinity[:, :, C:, C:]
+    entropy = torch.empty(2 * B, len(S))
+    for b in range(2 * B):
+        for l in range(len(S)):
+            p = (S[l, b] @ (flat[b] * labels[b % B, :, None]).sum(0)).softmax(0)
+            entropy[b, l] = -(p * p.log2()).sum()
+    w, w_hat = aream.reactivation_weights((entropy[:B] + entropy[B:]) / 2, kind)
+    attended = flat * affinity[:, :, :C, C:].mean(0)
+    guided = torch.stack([torch.stack([w[b % B, l] * S[l, b] for l in guide]).mean(0) @ attended[b].T for b in range(2 * B)])
+    guided = guided.transpose(1, 2).view_as(cam)
+    return guided[:B] + guided[B:].flip(-1), w_hat
+
+
+def naive_step(model, pixels, labels, args, coupling):
+    """Affinity label (B, P, P) and total loss of a batch."""
+    guide, supervised = coupling
+    images, C = data.normalise(pixels), model.num_classes
+    with torch.no_grad():
+        model.eval()
+        cam, w_hat = naive_cam(model, images, guide, args.reactivation, labels)
+        model.train()
+        half = [s // 2 for s in pixels.shape[2:]]
+        cam = aream.normalise_cam(F.interpolate(cam, size=half, mode="bilinear", align_corners=False), labels)
+        masks = [naive_pseudo_label(p.float() / 255, c, y) for p, c, y in zip(pixels, cam, labels)]
+        label = torch.cat([aream.affinity_label(m[None], [s // model.patch for s in m.shape]) for m in masks])
+    class_logits, patch_logits, _, logits, _ = naive_forward(model, images)
+    prob = logits.mean(2)[:, :, C:, C:].sigmoid()
+    n1, n0, total = (label == 1).sum(), (label == 0).sum(), 0
+    for l in supervised:
+        attract = ((1 - prob[l]) * (label == 1)).sum((1, 2)) / (n1 + 1)
+        repel = (prob[l] * (label == 0)).sum((1, 2)) / (n0 + 1)
+        total = total + (w_hat[:, l] * (0.5 * attract + 0.5 * repel)).sum() / len(supervised)
+    return label, aream.classification_loss(class_logits, patch_logits, labels) + args.affinity_weight * total
+
+
+@pytest.mark.parametrize("coupling, kind", [("all", "entropy"), ("split", "uniform")])
+def test_step_equals_the_naive_rendering(coupling, kind):
+    dataset = data.open_data("toy", None, "train", 3)
+    pixels = torch.stack([torch.from_numpy(np.asarray(dataset.image(n)).copy()).permute(2, 0, 1) for n in dataset.ids])
+    labels = torch.stack([data.label_vector(dataset, n) for n in dataset.ids])
+    args = train_cls.parse_args(["--data", "toy", "--reactivation", kind])
+    model, layers = vit.build("toy", 6, depth=4), aream.coupled_layers(4, coupling, 2)
+    torch.nn.init.normal_(model.head.weight)  # CAMs large enough to tell the layers' entropies apart
+    label, w_hat, _ = train_cls.make_labels(train_cls.label_pass(model, pixels, args), pixels, labels, layers[0], args)
+    out = model(data.normalise(pixels), "logits")
+    loss = (aream.classification_loss(out.class_logits, out.patch_logits, labels)
+            + args.affinity_weight * aream.aream_loss(out.affinity_logits, label, w_hat, layers[1]))
+    expected_label, expected = naive_step(model, pixels, labels, args, layers)
+    assert torch.equal(label, expected_label) and {0, 1} <= set(label.unique().tolist())
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    gradient = [torch.autograd.grad(x, model.blocks[3].attn.qkv.weight)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_batched_par_equals_one_image_at_a_time():
+    images, score = torch.rand(3, 3, 40, 30), torch.rand(3, 4, 40, 30)
+    score[:, 2] = 0  # an absent class
+    got = refine.pixel_adaptive_refine(images, score)
+    torch.testing.assert_close(got, torch.stack([naive_batch_par(i, s) for i, s in zip(images, score)]), atol=1e-5, rtol=1e-5)
+
+
+def test_flops_against_torchs_counter():
+    model = vit.build("toy", 6, depth=3).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.rand(1, 3, 48, 64), "affinity")  # attention as plain products, which the counter knows everywhere
+    assert model.flops((6, 8)) == counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The stages, by their real command lines
 # ---------------------------------------------------------------------------------------------------------------------
 TINY = ["--data", "toy", "--workers", "0", "--device", "cpu"]
@@ -830,3 +963,132 @@ def test_real_coco_areas():
         mask = dataset.mask(name)
         assert mask.shape == dataset.image(name).size[::-1]
         assert set(np.unique(mask).tolist()) - {0} <= {data.mask_value(c) for c in dataset.labels(name)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python test_aream.py: the speed table
+# ---------------------------------------------------------------------------------------------------------------------
+def measure(kind, batch=16, size=224, depth=12, steps=3):
+    """Seconds (median) and extra peak MiB of one training step of DeiT-Tiny, in a process of its own."""
+    torch.set_num_threads(THREADS)
+    device = torch.device("cuda" if torch.cuda.is_available() and kind != "naive" else "cpu")
+    labels = torch.zeros(batch, 20, device=device)
+    labels[torch.arange(batch), torch.arange(batch) % 20] = labels[::2, 3] = 1  # 1.5 classes an image, as in VOC
+    pixels = F.interpolate(torch.rand(batch, 3, 9, 9), size=(size, size), mode="bilinear").mul(255).byte().to(device)
+    args = train_cls.parse_args(["--labels", "shared" if kind == "shared" else "two-views", "--drop-path", "0"])
+    if kind == "torchvision":
+        model = torchvision.models.VisionTransformer(size, 16, depth, 3, 192, 768).to(device)
+    else:
+        model = vit.build("deit_tiny", 1 if kind == "same size" else 20, depth=depth, image_size=size).to(device)
+    optimizer, layers, seconds = torch.optim.AdamW(model.parameters()), aream.coupled_layers(depth), []
+    before = data.peak_memory(device)
+    for _ in range(steps + 1):
+        begin = time.perf_counter()
+        if kind in ("torchvision", "same size", "naive"):
+            loss = (naive_step(model, pixels, labels, args, layers)[1] if kind == "naive" else
+                    model(data.normalise(pixels)).square().mean() if kind == "torchvision" else
+                    model(data.normalise(pixels)).class_logits.square().mean())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        else:
+            train_cls.train_step(model, optimizer, (pixels, labels), args, kind != "plain", layers)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds[1:])), data.peak_memory(device) - before
+
+
+def alone(*given, **named):
+    """measure() in a fresh process, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *given, **named).result()
+
+
+def compare(slow, fast, repeats=3):
+    """Median seconds of two functions, called in turn."""
+    seconds = [[], []]
+    for _ in range(repeats + 1):
+        for function, kept in zip((slow, fast), seconds):
+            begin = time.perf_counter()
+            function()
+            kept.append(time.perf_counter() - begin)
+    return [float(np.median(kept[1:])) for kept in seconds]
+
+
+@torch.no_grad()
+def speed_table(folder):
+    """Print what README.md shows under Speed. folder: for files, thrown away."""
+    torch.set_num_threads(THREADS)
+    row = lambda what, slow, fast, ratio: print(f"| {what} | {slow} | {fast} | {ratio} |", flush=True)
+    row("DeiT-Tiny, 224 px, batch 16", "naive", "this code", "ratio")
+    row("---", "---", "---", "---")
+    naive, plain, both, shared = (alone(kind) for kind in ("naive", "plain", "two-views", "shared"))
+    row("AReAM training step", f"{naive[0]:.2f} s", f"{both[0]:.2f} s", f"{naive[0] / both[0]:.1f}x faster")
+    row("the same with `--labels shared`", f"{naive[0]:.2f} s", f"{shared[0]:.2f} s", f"{naive[0] / shared[0]:.1f}x faster")
+    extra = naive[1] - plain[1], both[1] - plain[1]
+    row(f"its peak memory over the plain step's {plain[1]:.0f} MiB", f"{extra[0]:.0f} MiB", f"{extra[1]:.0f} MiB",
+        f"{extra[1] / extra[0]:.2f} of it")
+    labels = torch.zeros(16, 20)
+    labels[torch.arange(16), torch.arange(16)] = labels[::2, 3] = 1
+    images, cam = torch.rand(16, 3, 224, 224), torch.rand(16, 20, 112, 112) * labels[..., None, None]
+    slow, fast = compare(lambda: [naive_pseudo_label(*one) for one in zip(images, cam, labels)],
+                         lambda: refine.pseudo_label(images, cam, labels))
+    row("PAR of a batch, both thresholds", f"{slow:.2f} s", f"{fast:.2f} s", f"{slow / fast:.1f}x faster")
+    model, pixels = vit.build("deit_tiny", 20).eval(), torch.randint(0, 256, (3, 240, 320), dtype=torch.uint8)
+
+    def naive_inference():
+        cam, _ = naive_cam(model, data.normalise(pixels[None]), range(12), "uniform", labels[:1])
+        small = F.interpolate(cam, size=(60, 80), mode="bilinear", align_corners=False)
+        naive_pseudo_label(pixels / 255, aream.normalise_cam(small, labels[:1])[0], labels[0])
+
+    slow, fast = compare(naive_inference, lambda: refine.pseudo_mask(
+        pixels, [0, 3], refine.seed_cams(model, pixels, [0, 3], {"seed": tuple(range(12))})["seed"]), 7)
+    row("CAM and PAR inference, 320 px", f"{1 / slow:.1f} images/s", f"{1 / fast:.1f} images/s", f"{slow / fast:.1f}x faster")
+    voc = make_voc(folder, [f"{i:02}" for i in range(20)], (375, 500))
+    dataset = data.open_data("VOC2012", folder, "train")
+    for name in dataset.ids:
+        photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        photo.resize((500, 375), Image.BICUBIC).save(voc / "JPEGImages" / f"{name}.jpg")
+        data.write_cam(folder / "cam" / f"{name}.npz", [14], torch.rand(1, 94, 125), (375, 500))
+
+    def naive_sweep():
+        for threshold in evaluate.THRESHOLDS:
+            confusion = 0
+            for name in dataset.ids:
+                ids, cam, size = data.read_cam(folder / "cam" / f"{name}.npz")
+                cam = F.interpolate(cam[None], size=size, mode="bilinear", align_corners=False)[0]
+                best, winner = cam.max(0)
+                mask = torch.where(best > threshold, data.mask_value(ids)[winner], 0)
+                confusion = confusion + evaluate.confusion_matrix(mask, torch.from_numpy(dataset.mask(name)), 21)
+            evaluate.scores(confusion)
+
+    slow, fast = compare(naive_sweep, lambda: evaluate.summarise(evaluate.evaluate_cams(dataset, folder / "cam", "")), 1)
+    row("threshold sweep, 101 thresholds, 20 images", f"{slow:.1f} s", f"{fast:.2f} s", f"{slow / fast:.0f}x faster")
+    slow, fast = alone("torchvision", steps=5)[0], alone("same size", steps=5)[0]
+    row("plain step (against torchvision's ViT, 197 tokens)", f"{slow:.2f} s", f"{fast:.2f} s", f"{fast / slow:.2f} of it")
+    rates = []
+    for cache_gb in (0, 4):
+        batches = data.TrainingBatches(dataset, 224, 4, 0, 0, torch.device("cpu"), cache_gb)
+        next(iter(batches))  # decodes
+        begin = time.perf_counter()
+        for epoch in range(4):
+            batches.set_epoch(epoch)
+            count = sum(len(images) for images, _ in batches)
+        rates.append(4 * count / (time.perf_counter() - begin))
+    row("loading and augmenting (against decoding 500 px JPEGs)", *(f"{rate:.0f} images/s" for rate in rates),
+        f"{rates[1] / rates[0]:.1f}x faster")
+    print()
+    row("one step", "plain", "AReAM", "AReAM's extra memory")
+    row("---", "---", "---", "---")
+    for given in (dict(batch=4), dict(batch=8), dict(batch=16), dict(batch=32), dict(batch=4, size=384), dict(batch=4, size=448),
+                  dict(depth=6), dict(depth=9)):
+        plain, both = alone("plain", **given), alone("two-views", **given)
+        point = {"batch": 16, "size": 224, "depth": 12, **given}
+        row(f"batch {point['batch']}, {point['size']} px ({(point['size'] // 16)**2} patches), {point['depth']} layers",
+            *(f"{t:.2f} s, {m:.0f} MiB" for t, m in (plain, both)), f"{both[1] - plain[1]:.0f} MiB")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        speed_table(Path(temporary))
