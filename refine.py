@@ -63,16 +63,16 @@ def par_kernel(images, dilations=DILATIONS):
     """
     images, size, n = images.float(), images.shape[-2:], 8 * len(dilations)
     padded = F.pad(images, [max(dilations)] * 4, mode="replicate")
-    total, squares = torch.zeros_like(images), torch.zeros_like(images)
+    total, squares, step = torch.zeros_like(images), torch.zeros_like(images), torch.empty_like(images)
     for near in neighbours(padded, dilations, size):  # one at a time: all 48 at once do not fit in a CPU's cache
-        step = near - images  # the std over the neighbours is that of the steps: all are shifted by I
+        torch.sub(near, images, out=step)  # the std over the neighbours is that of the steps: all are shifted by I
         total.add_(step)
         squares.addcmul_(step, step)
     std = ((squares - total.square() / n).clamp_min(0) / (n - 1)).sqrt()
     weight = 1 / (0.3 * (std + 1e-8) * 3**0.5)  # (B, 3, H, W), the mean over RGB included
     here, colour = images * weight, images.new_empty(len(images), n, *size)
     for i, near in enumerate(neighbours(padded, dilations, size)):
-        torch.sum((near * weight).sub_(here).square_(), 1, out=colour[:, i])
+        torch.sum(torch.mul(near, weight, out=step).sub_(here).square_(), 1, out=colour[:, i])
     colour = colour.sub_(colour.amin(1, keepdim=True)).neg_().exp_()
     colour.div_(colour.sum(1, keepdim=True))  # the softmax of -colour, in place
     distance = torch.tensor([d * (2.0**0.5 if dy and dx else 1.0) for d in dilations for dy, dx in NEIGHBOURS])
@@ -98,13 +98,16 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
             refined = torch.zeros_like(score, dtype=torch.float32)
             refined[:, used] = pixel_adaptive_refine(images, score[:, used], dilations, iterations)
             return refined
-    kernel = par_kernel(images, dilations)
-    score = score.float()
-    for _ in range(iterations):
-        padded = F.pad(score, [max(dilations)] * 4, mode="replicate")
-        score = torch.zeros_like(score)
-        for n, near in enumerate(neighbours(padded, dilations, score.shape[-2:])):
-            score.addcmul_(kernel[:, n:n + 1], near)
+    weights = par_kernel(images, dilations)[:, :, None].unbind(1)  # n x (B, 1, H, W)
+    pad, score = [max(dilations)] * 4, score.float().clone()
+    padded = F.pad(score, pad, mode="replicate")  # written to again and again, so that the views below stay valid
+    near = list(neighbours(padded, dilations, score.shape[-2:]))
+    for i in range(iterations):
+        if i:
+            padded.copy_(F.pad(score, pad, mode="replicate"))
+        torch.mul(weights[0], near[0], out=score)
+        for weight, view in zip(weights[1:], near[1:]):
+            score.addcmul_(weight, view)
     return score
 
 
