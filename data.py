@@ -357,8 +357,13 @@ def augment(images, aspects, seeds, size):
     crops, jitter = [], []
     for aspect, seed in zip(aspects.tolist(), seeds.tolist()):
         rng = random.Random(seed)
-        area, ratio = rng.uniform(0.3, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = min(1, (area * ratio / aspect) ** 0.5), min(1, (area * aspect / ratio) ** 0.5)  # of the image's sides
+        for _ in range(10):  # as torchvision's RandomResizedCrop: draw again what does not fit, the whole image at last
+            area, ratio = rng.uniform(0.3, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = (area * ratio / aspect) ** 0.5, (area * aspect / ratio) ** 0.5  # as shares of the image's sides
+            if max(w, h) <= 1:
+                break
+        else:
+            w = h = 1
         x, y, flip = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h), rng.choice((-1, 1))
         crops.append([[flip * w, 0, 2 * x + w - 1], [0, h, 2 * y + h - 1]])  # output to input, both in -1 .. 1
         jitter.append([rng.uniform(0.6, 1.4) for _ in range(3)])
