@@ -41,6 +41,28 @@ def layer_entropy(cam, affinity, labels):
     return -(log_prob.exp() * log_prob).sum(-1) / math.log(2)
 
 
+def row_distance(affinity):
+    """How different the patches' neighbourhoods still are: 0 if all rows are equal (over-smoothed), 1 if disjoint.
+
+    affinity (B, P, P) >= 0. Returns (B,): the mean Hellinger distance sqrt(1 - sum_n sqrt(p_mn p_kn)) between the rows
+    m != k of the row-normalised affinity p. One patch alone has distance 0.
+    """
+    P = affinity.shape[-1]
+    root = (affinity.float() / affinity.float().sum(-1, keepdim=True).clamp_min(1e-12)).sqrt()
+    distance = (1 - root @ root.transpose(-2, -1)).clamp_min(0).sqrt() * (1 - torch.eye(P, device=affinity.device))
+    return distance.sum((-2, -1)) / max(1, P * (P - 1))
+
+
+def top_share(affinity, share=0.05):
+    """What share of all attention the most attended patches draw: affinity (B, P, P) >= 0 -> (B,) in [0, 1].
+
+    The most attended are the ceil(share * P) columns with the largest sums; attention spread evenly gives about share.
+    """
+    received = affinity.float().sum(-2)  # (B, P)
+    top = received.topk(math.ceil(share * received.shape[-1]), -1).values.sum(-1)
+    return top / received.sum(-1).clamp_min(1e-12)
+
+
 def reactivation_weights(entropy, kind="entropy"):
     """Re-activation weights w (for the guide) and counterpart weights w_hat (for the loss), each (..., L) in [0, 1].
 

@@ -2,7 +2,7 @@
 
 Reads  ground truth (nothing else does) and what --what names: <out>/cam, <out>/pseudo, <out>/pred/<split>, or, for
        layers, <out>/cls/last.pt.
-Writes a record to <out>/results.json; --what demo also <out>/demo.png.
+Writes a record to <out>/results.json; layers also <out>/layers.json and layers.png, demo <out>/demo.png.
 Run    python evaluate.py --data VOC2012 --what pred --split val
 Expect on 1 CPU thread, --what layers, DeiT-Tiny, VOC at 320 px, one scale: 3.7 images/s (2026-11-22).
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import aream
@@ -143,19 +144,22 @@ def evaluate_cams(dataset, folder, command):
 
 
 def evaluate_layers(dataset, model, deep_from, args, device):
-    """Seed mIoU with no refinement, with each layer's affinity alone, with the shallow, deep and all layers' mean.
+    """What each layer's affinity does to the seed, and what state it is in: one pass over the images.
 
-    The paper's Figure 1, in one pass over the images. "unrefined" is the patch map times the class tokens' attention.
-    Returns name -> {"fixed", "best", "best_threshold"}.
+    Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's Figure 1; "unrefined"
+    is the patch map times the class tokens' attention), and state: three lists over the layers, means over the images
+    (Figure 3): "entropy" in bits (aream.layer_entropy), "distance" (aream.row_distance), "top" (aream.top_share).
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     variants = {"patch map alone": None, "unrefined": (), "all layers": (*shallow, *deep), "shallow layers": tuple(shallow),
                 "deep layers": tuple(deep), **{f"layer {l}": (l,) for l in (*shallow, *deep)}}
-    counts, begin = {name: 0 for name in variants}, time.time()
+    counts, states, begin = {name: 0 for name in variants}, [], time.time()
     for i, name in enumerate(dataset.ids):
         pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
         target = target_of(dataset, name, pixels.shape[-2:])
-        cams = refine.seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)
+        labels = data.label_vector(dataset, name)[None].to(device)
+        observe = lambda out: states.append(layer_state(out, labels))
+        cams = refine.seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps, observe)
         values = data.mask_value(torch.tensor(class_ids))
         stacked = torch.stack(list(cams.values())).cpu()  # (variants, K, h, w)
         stacked = F.interpolate(stacked, size=target.shape, mode="bilinear", align_corners=False)
@@ -165,7 +169,16 @@ def evaluate_layers(dataset, model, deep_from, args, device):
             rate = (i + 1) / (time.time() - begin)
             data.progress(f"{i + 1}/{len(dataset.ids)}  {rate:.1f} images/s")
     data.progress("")
-    return {variant: summarise(c) for variant, c in counts.items()}
+    state = dict(zip(("entropy", "distance", "top"), torch.stack(states).mean(0).tolist()))
+    return {variant: summarise(c) for variant, c in counts.items()}, state
+
+
+def layer_state(out, labels):
+    """Entropy, row distance and top share of every layer, of the first image of a ViTOutput -> (3, L) on the CPU."""
+    P = out.cam.shape[-2] * out.cam.shape[-1]
+    blocks = torch.cat([aream.patch_block(a[:1], P) for a in out.affinity])  # (L, P, P)
+    entropy = aream.layer_entropy(out.cam[:1], [b[None] for b in blocks], labels)[0]
+    return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks)]).cpu()
 
 
 def is_ground_truth(dataset, folder):
@@ -195,11 +208,75 @@ def print_classes(dataset, result):
             print(f"  {name:<14} " + " ".join(f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")))
 
 
-def print_layers(table):
-    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*")
-    for name, row in table.items():
-        print(f"  {name:<16} {row['fixed']:7.1f} {row['best']:7.1f}  {row['best_threshold']:.2f}")
+def print_layers(table, state):
+    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  {'entropy':>7} {'distance':>8} {'top 5 %':>7}")
+    rows = [("", "", "")] * (len(table) - len(state["entropy"])) + list(zip(*state.values()))
+    for (name, row), (entropy, distance, top) in zip(table.items(), rows):
+        print(f"  {name:<16} {row['fixed']:7.1f} {row['best']:7.1f}  {row['best_threshold']:<10.2f}" + (
+            f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %" if entropy else ""))
     print("  * chosen with pixel labels: an upper bound, not a result from image labels")
+
+
+def draw_chart(draw, corner, size, title, series, level=None):
+    """A line chart over layers: corner (x, y) and size (w, h) in pixels, series: name -> values, level: dotted lines."""
+    (x, y), (w, h) = corner, size
+    left, top, right, bottom = x + 42, y + 20, x + w - 10, y + h - 34
+    values = [v for line in (*series.values(), *([v] for v in (level or {}).values())) for v in line]
+    low, high = min(values), max(values)
+    low, high = low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9)
+    depth = max(len(line) for line in series.values())
+    px = lambda l: left + (right - left) * (l + 0.5) / depth
+    py = lambda v: bottom - (bottom - top) * (v - low) / (high - low)
+    draw.text((left, y + 4), title, fill="black")
+    draw.rectangle((left, top, right, bottom), outline="grey")
+    for tick in np.linspace(low, high, 5)[1:-1]:
+        draw.line((left, py(tick), right, py(tick)), fill="lightgrey")
+        draw.text((x + 2, py(tick) - 6), f"{tick:.3g}", fill="black")
+    for l in range(0, depth, max(1, depth // 6)):
+        draw.text((px(l) - 3, bottom + 3), str(l), fill="black")
+    for i, (name, line) in enumerate(series.items()):
+        colour = ("firebrick", "navy")[i]
+        draw.line([(px(l), py(v)) for l, v in enumerate(line)], fill=colour, width=2)
+        draw.text((left + 90 * i, bottom + 16), name, fill=colour)
+        if level:
+            for dash in range(int(left), int(right), 8):
+                draw.line((dash, py(level[name]), dash + 3, py(level[name])), fill=colour)
+
+
+def draw_layers(path, model, dataset, records, device):
+    """layers.png: four charts over the layers, the first image's affinities, its CAM refined by single layers.
+
+    records: name -> what layers.json holds, one or two of them. The pictures are of model.
+    """
+    depth, cell = len(model.blocks), 150
+    chosen = sorted({round(l) for l in np.linspace(0, depth - 1, min(6, depth))})
+    image = Image.new("RGB", (cell * 8, 250 + 2 * (cell + 16)), "white")
+    draw = ImageDraw.Draw(image)
+    single = {name: [r["table"][f"layer {l}"]["fixed"] for l in range(depth)] for name, r in records.items()}
+    together = {name: r["table"]["all layers"]["fixed"] for name, r in records.items()}
+    for i, (title, series, level) in enumerate((
+            (f"seed mIoU (%) at {FIXED_THRESHOLD}, one layer (dotted: all)", single, together),
+            ("distance between affinity rows", {n: r["state"]["distance"] for n, r in records.items()}, None),
+            ("entropy of the refined CAM (bits)", {n: r["state"]["entropy"] for n, r in records.items()}, None),
+            ("attention on the top 5 % of patches", {n: r["state"]["top"] for n, r in records.items()}, None))):
+        draw_chart(draw, (2 * cell * i, 0), (2 * cell, 240), title, series, level)
+    name, seen = dataset.ids[0], []
+    photo = dataset.image(name)
+    variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
+    cams = refine.seed_cams(model, pil_to_tensor(photo).to(device), dataset.labels(name), variants, observe=seen.append)
+    photo, P = np.asarray(photo), seen[0].cam.shape[-2] * seen[0].cam.shape[-1]
+    rows = [[("photo", photo)], [("ground truth", refine.paint(dataset.mask(name)))]]
+    for l in chosen:
+        block = aream.patch_block(seen[0].affinity[l][0], P).cpu()
+        grey = (255 * (block / block.max()).sqrt()).numpy().astype(np.uint8)
+        rows[0].append((f"affinity, layer {l}", np.stack([grey] * 3, -1)))
+    rows[1] += [(n if n == "unrefined" else f"refined by {n}", refine.heat(photo, c.amax(0))) for n, c in cams.items()]
+    for y, row in enumerate(rows):
+        for x, (title, picture) in enumerate(row):
+            draw.text((cell * x + 4, 250 + y * (cell + 16)), title, fill="black")
+            image.paste(refine.fit(picture, cell - 4), (cell * x, 266 + y * (cell + 16)))
+    with data.replacing(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def stage_seconds(folder):
@@ -254,7 +331,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--what", required=True, choices=("cam", "pseudo", "pred", "layers", "demo"))
     add("--split", help="default: val for pred, else train")
-    add("--before", type=Path, metavar="OUT", help="for --what demo: the --out of the plain classifier")
+    add("--before", type=Path, metavar="OUT", help="the --out of the plain classifier: for --what demo, and to draw its layers beside these")
     add("--deep-from", type=int, help="for --what layers: first deep layer (default: the checkpoint's)")
     args = parser.parse_args(argv)
     args.split = args.split or ("val" if args.what == "pred" else "train")
@@ -276,9 +353,18 @@ def main(argv=None):
     if args.what == "layers":
         model, config = refine.load_classifier(args.out / "cls" / "last.pt", args.data, device)
         deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
-        record["table"] = evaluate_layers(dataset, model, deep_from, args, device)
+        record["table"], record["state"] = evaluate_layers(dataset, model, deep_from, args, device)
         print(f"{title}: seed mIoU in percent, deep layers from {deep_from}")
-        print_layers(record["table"])
+        print_layers(record["table"], record["state"])
+        records = {args.out.name: record}
+        if args.before:
+            before = data.read_json(args.before / "layers.json", f"python evaluate.py --what layers --out {args.before}")
+            if len(before["state"]["entropy"]) != len(model.blocks):
+                raise ValueError(f"{args.before / 'layers.json'} is of a model with another number of layers")
+            records = {args.before.name: before, **records}
+        data.write_json(args.out / "layers.json", record)
+        draw_layers(args.out / "layers.png", model, dataset, records, device)
+        print(f"{args.out / 'layers.json'}, {args.out / 'layers.png'}")
     elif args.what == "cam":
         counts = evaluate_cams(dataset, args.out / "cam", f"python refine.py {again}")
         record.update(summarise(counts), curve=[round(100 * scores(c)["miou"], 2) for c in curve(counts)])

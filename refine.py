@@ -163,11 +163,12 @@ def parse_layers(text, depth):
 
 
 @torch.no_grad()
-def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1):
+def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1, observe=None):
     """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
-    the class-attended CAM as it is; None: the patch map without the class tokens' attention). Every scale is seen with its mirror image, padded to whole patches and cropped.
+    the class-attended CAM as it is; None: the patch map without the class tokens' attention). Every scale is seen with
+    its mirror image, padded to whole patches and cropped. observe: called with the first scale's ViTOutput (B = 2).
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
@@ -178,6 +179,8 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
         padded, (h, w) = data.mirrored_views(images, scale, model.patch)
         with data.autocast(pixels.device):
             out = model(padded, "affinity")
+        if observe and scale == scales[0]:
+            observe(out)
         attended = aream.class_attended_cam(out.cam, out.affinity)[:, class_ids]  # (2, K, gh, gw)
         blocks = [aream.patch_block(a, attended.shape[-2] * attended.shape[-1]) for a in out.affinity]
         for name, layers in variants.items():
@@ -215,6 +218,13 @@ def paint(mask):
     return np.array(data.palette(), np.uint8).reshape(256, 3)[np.asarray(mask)]
 
 
+def fit(picture, side):
+    """(H, W, 3) uint8 -> PIL image whose longer side is side."""
+    picture = Image.fromarray(picture)
+    scale = side / max(picture.size)
+    return picture.resize([max(1, round(s * scale)) for s in picture.size], Image.NEAREST if scale > 1 else Image.LANCZOS)
+
+
 def contact_sheet(path, titles, rows, cell=160):
     """Rows of (H, W, 3) uint8 pictures under column titles -> one PNG."""
     sheet = Image.new("RGB", (cell * len(titles), 18 + cell * len(rows)), "white")
@@ -223,9 +233,7 @@ def contact_sheet(path, titles, rows, cell=160):
         draw.text((x * cell + 4, 3), title, fill="black")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            picture = Image.fromarray(picture)
-            scale = (cell - 4) / max(picture.size)
-            picture = picture.resize([max(1, round(s * scale)) for s in picture.size], Image.NEAREST if scale > 1 else Image.LANCZOS)
+            picture = fit(picture, cell - 4)
             sheet.paste(picture, (x * cell + (cell - picture.width) // 2, 18 + y * cell + (cell - picture.height) // 2))
     with data.replacing(path) as temporary:
         sheet.save(temporary, format="PNG")

@@ -232,6 +232,21 @@ def test_layer_entropy_at_its_ends():
     assert aream.layer_entropy(torch.zeros(1, 1, 2, 2), (uniform,), labels).item() == pytest.approx(2.0)
 
 
+def test_row_distance_and_top_share():
+    P = 40
+    uniform, identity = torch.full((1, P, P), 1 / P), torch.eye(P)[None]
+    column = torch.zeros(1, P, P)
+    column[:, :, 3] = 1  # every patch draws from one: collapsed
+    affinity = torch.cat([uniform, identity, column])
+    torch.testing.assert_close(aream.row_distance(affinity), torch.tensor([0.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(aream.top_share(affinity), torch.tensor([0.05, 0.05, 1.0]))
+    rows = torch.rand(1, 5, 5)
+    p = (rows / rows.sum(-1, keepdim=True))[0]
+    pairs = [math.sqrt(1 - sum(math.sqrt(p[m, n] * p[k, n]) for n in range(5))) for m in range(5) for k in range(5) if m != k]
+    assert aream.row_distance(rows).item() == pytest.approx(sum(pairs) / 20, rel=1e-4)
+    assert aream.row_distance(torch.ones(1, 1, 1)).item() == 0 == aream.row_distance(torch.zeros(1, 1, 1)).item()
+
+
 def test_reactivation_weights():
     w, w_hat = aream.reactivation_weights(torch.tensor([[1.0, 2.0, 5.0], [3.0, 3.0, 3.0]]))
     torch.testing.assert_close(w_hat, torch.tensor([[0, 0.25, 1.0], [0, 0, 0]]))
@@ -768,8 +783,12 @@ def test_four_stages_on_toy(tmp_path, capsys):
     train(before, "--reactivation", "none")
     train(out, "--branch-from", str(before / "cls" / "warmup.pt"))
     common = [*TINY, "--out", str(out), "--limit", "16"]
-    for folder in (before, out):
-        evaluate.main([*TINY, "--what", "layers", "--out", str(folder), "--limit", "4"])
+    for folder, more in ((before, []), (out, ["--before", str(before)])):
+        evaluate.main([*TINY, "--what", "layers", "--out", str(folder), "--limit", "4", *more])
+        assert (folder / "layers.png").is_file()
+    state = data.read_json(out / "layers.json", "")["state"]
+    assert all(len(values) == 3 for values in state.values()) and max(state["entropy"]) <= 6  # log2 of 64 patches
+    assert all(0 <= value <= 1 for value in (*state["distance"], *state["top"]))
     refine.main([*common, "--pictures", "2"])
     evaluate.main([*common, "--what", "cam"])
     evaluate.main([*common, "--what", "pseudo"])
