@@ -2,8 +2,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 SMOKE ?=
+SEEDS ?= 0 1 2
 
-.PHONY: demo test clean
+.PHONY: demo test study-toy study-voc clean
 demo: .venv/ready
 	$(PY) train_cls.py --data toy --reactivation none --out runs/toy/plain --overwrite $(SMOKE)
 	$(PY) train_cls.py --data toy --branch-from runs/toy/plain/cls/warmup.pt --overwrite $(SMOKE)
@@ -17,6 +18,59 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q test_aream.py
+
+# The study. $(call row,folder,settings of train_cls.py,settings of evaluate.py) makes <folder>/<seed> for every seed, @
+# standing for the seed, and skips what is there: run it again to go on. One thread: rounding then is the same anywhere.
+row = $(foreach s,$(SEEDS),test -f $(1)/$(s)/layers.json || { $(PY) train_cls.py $(subst @,$(s),$(2)) --seed $(s) --out $(1)/$(s) --overwrite && $(PY) evaluate.py --what layers $(3) --out $(1)/$(s); } &&) true
+# $(call score,folder,folder of the run,settings of evaluate.py): another way to refine with the same classifier
+score = $(foreach s,$(SEEDS),test -f $(1)/$(s)/layers.json || { mkdir -p $(1)/$(s) && cp -r $(2)/$(s)/cls $(1)/$(s) && $(PY) evaluate.py --what layers $(3) --out $(1)/$(s); } &&) true
+
+T := runs/study-toy
+TOY := --data toy --branch-from $T/1.none/@/cls/warmup.pt
+TOYS := --data toy --limit 300
+study-toy: export OMP_NUM_THREADS = 1
+study-toy: .venv/ready
+	$(call row,$T/1.none,--data toy --reactivation none,$(TOYS))
+	$(call row,$T/1.uniform,$(TOY) --reactivation uniform,$(TOYS))
+	$(call row,$T/1.entropy,$(TOY),$(TOYS))
+	$(call row,$T/2.entropy-split,$(TOY) --coupling split,$(TOYS))
+	$(call row,$T/2.entropy-static,$(TOY) --entropy static,$(TOYS))
+	$(call row,$T/4.one-view,$(TOY) --labels one-view,$(TOYS))
+	$(call row,$T/4.shared,$(TOY) --labels shared,$(TOYS))
+	$(call row,$T/3.weight-0.5,$(TOY) --affinity-weight 0.5,$(TOYS))
+	$(call row,$T/3.weight-1,$(TOY) --affinity-weight 1,$(TOYS))
+	$(call row,$T/3.weight-4,$(TOY) --affinity-weight 4,$(TOYS))
+	$(call row,$T/3.split-deep-from-1,$(TOY) --coupling split --deep-from 1,$(TOYS) --deep-from 2)
+	$(call row,$T/3.split-deep-from-4,$(TOY) --coupling split --deep-from 4,$(TOYS) --deep-from 2)
+	$(call score,$T/5.steps-2,$T/1.entropy,$(TOYS) --steps 2)
+	$(call score,$T/5.steps-4,$T/1.entropy,$(TOYS) --steps 4)
+	$(call score,$T/5.beta-2,$T/1.entropy,$(TOYS) --beta 2)
+	$(call score,$T/5.three-scales,$T/1.entropy,$(TOYS) --scales 0.5 1 1.5)
+	$(call row,$T/6.depth-3,--data toy --reactivation none --depth 3,$(TOYS))
+	$(call row,$T/6.depth-4,--data toy --reactivation none --depth 4,$(TOYS))
+	$(call row,$T/6.depth-5,--data toy --reactivation none --depth 5,$(TOYS))
+	$(PY) evaluate.py --what study --out $T --records results/toy.json
+
+V := runs/study-voc
+VOC_ROOT ?= data
+DEIT_TINY ?= auto
+VOC := --data VOC2012 --data-root $(VOC_ROOT) --split train --preset deit_tiny --batch 16
+VOCB := $(VOC) --lr 7e-4 --epochs 13 --warmup-epochs 10 --affinity-weight 0.5 --coupling split --branch-from $V/0.warm-up/@/cls/last.pt
+VOCS := --data VOC2012 --data-root $(VOC_ROOT) --split train --limit 400 --scales 1
+study-voc: .venv/ready
+	$(call row,$V/0.warm-up,$(VOC) --lr 3e-4 --epochs 10 --reactivation none --pretrained $(DEIT_TINY),$(VOCS))
+	$(call row,$V/1.none,$(VOCB) --reactivation none,$(VOCS))
+	$(call row,$V/1.uniform,$(VOCB) --reactivation uniform,$(VOCS))
+	$(call row,$V/1.entropy,$(VOCB),$(VOCS))
+	$(call row,$V/2.entropy-all,$(VOCB) --coupling all,$(VOCS))
+	$(call row,$V/2.entropy-static,$(VOCB) --entropy static,$(VOCS))
+	$(call row,$V/3.weight-0.1,$(VOCB) --affinity-weight 0.1,$(VOCS))
+	$(call row,$V/3.weight-1,$(VOCB) --affinity-weight 1,$(VOCS))
+	$(call row,$V/3.deep-from-5,$(VOCB) --deep-from 5,$(VOCS) --deep-from 7)
+	$(call row,$V/3.deep-from-9,$(VOCB) --deep-from 9,$(VOCS) --deep-from 7)
+	$(call row,$V/4.one-view,$(VOCB) --labels one-view,$(VOCS))
+	$(call row,$V/4.shared,$(VOCB) --labels shared,$(VOCS))
+	$(PY) evaluate.py --what study --out $V --records results/voc.json
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -324,17 +324,52 @@ def demo(args, device):
     print(f"pictures: {args.out / 'demo.png'}")
 
 
+def study(folder, path):
+    """Gather <folder>/<row>/<seed>/layers.json into the records file path, and print its table in Markdown.
+
+    Without the folder only the table is printed, from the records. Rows are sorted by name; mean and standard deviation
+    over seeds, in percent at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
+    """
+    if folder.is_dir():
+        found = sorted(folder.glob("*/*/layers.json"), key=lambda f: (f.parts[-3], f.parts[-2]))
+        records = []
+        for f in found:
+            settings = data.read_json(f.parent / "cls" / "args.json", "repeat the study")
+            settings = {k: settings[k] for k in ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "reactivation",
+                                                 "entropy", "coupling", "deep_from", "affinity_weight", "labels")}
+            records.append({"row": f.parts[-3], "seed": f.parts[-2], "settings": settings,
+                            **data.read_json(f, "delete it and repeat the study")})
+        if not records:
+            raise FileNotFoundError(f"no <row>/<seed>/layers.json under {folder}: make study-toy or make study-voc write them")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_json(path, records)
+    records = data.read_json(path, "make it with  make study-toy  or  make study-voc")
+    columns = ("unrefined", "shallow layers", "deep layers", "all layers")
+    print("| row | seeds | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(columns)) + "|")
+    for row in dict.fromkeys(r["row"] for r in records):
+        runs = [r["table"] for r in records if r["row"] == row]
+        cells = []
+        for column in columns:
+            fixed = [t[column]["fixed"] for t in runs]
+            spread = f" ± {np.std(fixed, ddof=1):.1f}" if len(fixed) > 1 else ""
+            cells.append(f"{np.mean(fixed):.1f}{spread} ({np.mean([t[column]['best'] for t in runs]):.1f})")
+        print(f"| {row} | {len(runs)} | " + " | ".join(cells) + " |")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.common_arguments(parser)
     refine.refine_arguments(parser)
     add = parser.add_argument
-    add("--what", required=True, choices=("cam", "pseudo", "pred", "layers", "demo"))
+    add("--what", required=True, choices=("cam", "pseudo", "pred", "layers", "demo", "study"))
     add("--split", help="default: val for pred, else train")
     add("--before", type=Path, metavar="OUT", help="the --out of the plain classifier: for --what demo, and to draw its layers beside these")
+    add("--records", type=Path, metavar="JSON", help="for --what study: gather the runs under --out in this file, and print it")
     add("--deep-from", type=int, help="for --what layers: first deep layer (default: the checkpoint's)")
     args = parser.parse_args(argv)
     args.split = args.split or ("val" if args.what == "pred" else "train")
+    if args.what == "study" and args.records is None:
+        parser.error("--what study needs --records, a file such as results/toy.json")
     if args.what == "demo" and args.before is None:
         parser.error("--what demo compares two runs: name the plain one with --before OUT")
     return refine.finish_args(args)
@@ -344,6 +379,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
     begin = time.time()
+    if args.what == "study":
+        return study(args.out, args.records)
     if args.what == "demo":
         return demo(args, device)
     dataset = data.open_data(args.data, args.data_root, args.split, args.limit, cache=args.out / "masks")
@@ -353,6 +390,7 @@ def main(argv=None):
     if args.what == "layers":
         model, config = refine.load_classifier(args.out / "cls" / "last.pt", args.data, device)
         deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
+        record.update(scales=args.scales, beta=args.beta, steps=args.steps)
         record["table"], record["state"] = evaluate_layers(dataset, model, deep_from, args, device)
         print(f"{title}: seed mIoU in percent, deep layers from {deep_from}")
         print_layers(record["table"], record["state"])

@@ -227,14 +227,16 @@ def fit(picture, side):
 
 def contact_sheet(path, titles, rows, cell=160):
     """Rows of (H, W, 3) uint8 pictures under column titles -> one PNG."""
-    sheet = Image.new("RGB", (cell * len(titles), 18 + cell * len(rows)), "white")
+    rows = [[fit(picture, cell - 4) for picture in row] for row in rows]
+    heights = [4 + max(picture.height for picture in row) for row in rows]
+    sheet = Image.new("RGB", (cell * len(titles), 18 + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
         draw.text((x * cell + 4, 3), title, fill="black")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            picture = fit(picture, cell - 4)
-            sheet.paste(picture, (x * cell + (cell - picture.width) // 2, 18 + y * cell + (cell - picture.height) // 2))
+            top = 18 + sum(heights[:y]) + (heights[y] - picture.height) // 2
+            sheet.paste(picture, (x * cell + (cell - picture.width) // 2, top))
     with data.replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
 

@@ -836,6 +836,23 @@ def test_four_stages_on_toy(tmp_path, capsys):
     assert (out / "seg" / "last.pt").is_file()  # nothing was lost by it
 
 
+def test_study_gathers_runs_and_prints_their_table(tmp_path, capsys):
+    for row, seeds in (("1.none", "01"), ("1.entropy", "0")):
+        for one in seeds:
+            train(tmp_path / "s" / row / one, "--seed", one, limit=8)
+            evaluate.main([*TINY, "--what", "layers", "--out", str(tmp_path / "s" / row / one), "--limit", "2"])
+    records = tmp_path / "results" / "toy.json"
+    evaluate.main(["--what", "study", "--out", str(tmp_path / "s"), "--records", str(records)])
+    table = capsys.readouterr().out.splitlines()[-4:]
+    values = [r["table"]["all layers"]["fixed"] for r in data.read_json(records, "") if r["row"] == "1.none"]
+    assert len(values) == 2 and table[3].startswith("| 1.none | 2 |") and f"| {sum(values) / 2:.1f} ± " in table[3]
+    assert table[2].startswith("| 1.entropy | 1 |") and "±" not in table[2]
+    evaluate.main(["--what", "study", "--out", str(tmp_path / "gone"), "--records", str(records)])
+    assert capsys.readouterr().out.splitlines() == table
+    with pytest.raises(FileNotFoundError, match="make study-toy"):
+        evaluate.main(["--what", "study", "--out", str(tmp_path / "gone"), "--records", str(tmp_path / "none.json")])
+
+
 def test_training_resumes_to_the_same_weights(tmp_path):
     whole = train(tmp_path / "whole", epochs=3)
     train(tmp_path / "parts", epochs=3)
