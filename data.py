@@ -59,25 +59,27 @@ def read_image(path):
         raise ValueError(f"{path} is not a readable image ({error}); fetch or extract it again") from error
 
 
-class VOC2012:
-    """PASCAL VOC 2012. Splits: train (1,464), trainaug (10,582, masks of SBD), val (1,449)."""
+class VOCLayout:
+    """A folder laid out like VOC 2012: JPEGImages, Annotations, SegmentationClass, ImageSets/Segmentation/<split>.txt."""
 
-    name, classes, mean_size = "VOC2012", VOC_CLASSES, 500
+    mean_size = 500
 
-    def __init__(self, root, split, _cache=None):
-        self.root, self.split = Path(root) / "VOCdevkit" / "VOC2012", split
-        need_folder(self.root / "JPEGImages", "extract VOCtrainval_11-May-2012.tar under --data-root")
-        own = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        shipped = Path(__file__).parent / "splits" / f"voc2012_{split}.txt"
-        self.list = own if own.is_file() else shipped
+    def __init__(self, folder, split, name, classes, remedy, shipped=None):
+        self.root, self.split, self.name, self.classes = Path(folder), split, str(name), tuple(classes)
+        need_folder(self.root / "JPEGImages", remedy)
+        self.list = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if not self.list.is_file() and shipped is not None and shipped.is_file():
+            self.list = shipped
         if not self.list.is_file():
-            raise FileNotFoundError(f"no split {split!r}: neither {own} nor {shipped} exists; use train, trainaug or val")
-        self.ids = self.list.read_text(encoding="utf-8").split()
+            raise FileNotFoundError(f"no split {split!r}: {self.list} does not exist; use train, val or another list there")
+        self.ids = read_text(self.list).split()
+        if unsafe := [n for n in self.ids if n != Path(n).name or "\\" in n]:
+            raise ValueError(f"{self.list} names {unsafe[0]!r}, which is not the plain name of an image")
         have = {name[:-4] for name in os.listdir(self.root / "JPEGImages") if name.endswith(".jpg")}
         if missing := [name for name in self.ids if name not in have]:
             raise FileNotFoundError(
                 f"{self.list} names {len(missing)} images that are not in {self.root / 'JPEGImages'}, "
-                f"first {missing[0]!r}; complete the download, or put a shorter list at {own}")
+                f"first {missing[0]!r}; complete the download, or put a shorter list in {self.root / 'ImageSets'}")
 
     def image(self, name):
         return read_image(self.root / "JPEGImages" / f"{name}.jpg")
@@ -92,7 +94,7 @@ class VOC2012:
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: image labels come from the XML of VOC's Annotations") from None
         if unknown := [n for n in names if n not in self.classes]:
-            raise ValueError(f"{path} names the class {unknown[0]!r}, which VOC 2012 does not have")
+            raise ValueError(f"{path} names the class {unknown[0]!r}, which {self.name} does not have")
         if not names:
             raise ValueError(f"{path} names no object: an image without labels teaches nothing, drop it from {self.list}")
         return sorted({self.classes.index(n) for n in names})
@@ -106,6 +108,15 @@ class VOC2012:
 
     def ground_truth_folders(self):
         return [self.root / "SegmentationClass", self.root / "SegmentationClassAug"]
+
+
+class VOC2012(VOCLayout):
+    """PASCAL VOC 2012. Splits: train (1,464), trainaug (10,582, masks of SBD), val (1,449)."""
+
+    def __init__(self, root, split, _cache=None):
+        super().__init__(Path(root) / "VOCdevkit" / "VOC2012", split, "VOC2012", VOC_CLASSES,
+                         "extract VOCtrainval_11-May-2012.tar under --data-root",
+                         Path(__file__).parent / "splits" / f"voc2012_{split}.txt")
 
 
 class COCO2014:
@@ -277,17 +288,47 @@ def training_split(data):
     return "trainaug" if data == "VOC2012" else "train"
 
 
-def open_data(data, root, split, limit=None, cache=None):
-    """A dataset on one of its splits. limit: only the first so many images. cache: folder for rasterised masks.
+def read_classes(path):
+    """Class names of --classes, one a line."""
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not 1 <= len(names) <= 254 or len(set(names)) < len(names):
+        raise ValueError(f"{path} must name 1 to 254 different classes, one a line; it has {len(names)} lines, "
+                         f"{len(set(names))} of them different")
+    return tuple(names)
 
-    Raises ValueError / FileNotFoundError on an unknown data set or split, a missing folder, a list naming a missing
-    image, limit < 1.
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {path}") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not a readable text file ({error})") from error
+
+
+def open_split(args, split, cache=None):
+    """open_data with the command line's settings."""
+    return open_data(args.data, args.data_root, split, args.limit, cache, args.classes)
+
+
+def open_data(data, root, split, limit=None, cache=None, classes=None):
+    """A dataset on one of its splits.
+
+    data: a name in DATASETS (under root), or a folder in VOC layout with its own classes, named in the file classes.
+    limit: only the first so many images. cache: folder for rasterised masks. Raises ValueError / FileNotFoundError on
+    an unknown data set or split, a missing folder, a list naming a missing image, limit < 1.
     """
-    if data not in DATASETS:
-        raise ValueError(f"unknown data set {data!r}: use {', '.join(DATASETS)}")
+    if data not in DATASETS and not (Path(data).is_dir() and classes):
+        raise ValueError(f"unknown data set {data!r}: use {', '.join(DATASETS)}, or a folder in VOC layout, with --classes "
+                         f"naming a file that lists its class names")
+    if data in DATASETS and classes:
+        raise ValueError(f"--classes {classes}: {data} has classes of its own; --classes goes with --data FOLDER")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: at least one image is needed")
-    dataset = DATASETS[data](root, split, cache)
+    if data in DATASETS:
+        dataset = DATASETS[data](root, split, cache)
+    else:
+        dataset = VOCLayout(data, split, data, read_classes(classes), "it is part of the VOC layout")
     if not dataset.ids:
         raise ValueError(f"the split {split!r} of {data} is empty")
     if len(set(dataset.ids)) < len(dataset.ids):
@@ -596,8 +637,8 @@ def write_checkpoint(path, state):
         torch.save(state, temporary)
 
 
-def read_checkpoint(path, stage, data=None):
-    """A checkpoint of stage ("cls" or "seg"), on the CPU. data: the data set it must be of.
+def read_checkpoint(path, stage, data=None, classes=None):
+    """A checkpoint of stage ("cls" or "seg"), on the CPU. data: name of the data set it must be of; classes: its classes.
 
     Raises FileNotFoundError with the command that makes it; ValueError if unreadable or of something else.
     """
@@ -611,8 +652,10 @@ def read_checkpoint(path, stage, data=None):
             raise ValueError(f"it is of stage {state['stage']!r}, not {stage!r}")
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of {command} ({str(error).splitlines()[0][:200]})") from error
-    if data is not None and config["data"] != data:
+    if data is not None and Path(config["data"]).name != Path(data).name:
         raise ValueError(f"{path} was trained on {config['data']}, not on {data}: give the --out of a {data} run")
+    if classes is not None and list(classes) != config["classes"]:
+        raise ValueError(f"{path} was trained on the classes {', '.join(config['classes'])}; now they are {', '.join(classes)}")
     return state
 
 
@@ -678,7 +721,8 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------------------------------------------------
 def common_arguments(parser):
     add = parser.add_argument
-    add("--data", default="VOC2012", choices=DATASETS)
+    add("--data", default="VOC2012", help=f"{', '.join(DATASETS)}, or a folder in VOC layout (with --classes)")
+    add("--classes", metavar="FILE", help="for --data FOLDER: its class names, one a line")
     add("--data-root", default="data", help="folder that holds VOCdevkit/VOC2012 or COCO2014")
     add("--out", help="output folder (default runs/<data>)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -691,7 +735,7 @@ def common_arguments(parser):
 
 def start(args):
     """The device, after checking that it is there; sets the seed and args.out."""
-    args.out = Path(args.out or Path("runs") / args.data)
+    args.out = Path(args.out or Path("runs") / Path(args.data).resolve().name)
     try:
         device = torch.device(args.device)
     except RuntimeError as error:

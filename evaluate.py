@@ -307,8 +307,8 @@ def demo(args, device):
     print(f"{'DeepLab, val':<44} {pred['miou']:7.1f} {'':6} {stage_seconds(args.out / 'seg'):8.0f}")
     print("* threshold chosen with pixel labels: an upper bound, not a result from image labels")
 
-    models = [refine.load_classifier(out / "cls" / "last.pt", args.data, device)[0] for out in (args.before, args.out)]
-    val = data.open_data(args.data, args.data_root, "val", cache=args.out / "masks")
+    val = data.open_split(args, "val", args.out / "masks")
+    models = [refine.load_classifier(out / "cls" / "last.pt", val, device)[0] for out in (args.before, args.out)]
     rows = []
     for name in val.ids[:8]:
         photo = val.image(name)
@@ -383,12 +383,12 @@ def main(argv=None):
         return study(args.out, args.records)
     if args.what == "demo":
         return demo(args, device)
-    dataset = data.open_data(args.data, args.data_root, args.split, args.limit, cache=args.out / "masks")
+    dataset = data.open_split(args, args.split, args.out / "masks")
     M, again = len(dataset.classes) + 1, f"--data {args.data} --split {args.split} --out {args.out}"
     record = {"what": args.what, "data": args.data, "split": args.split, "images": len(dataset.ids)}
     title = f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
     if args.what == "layers":
-        model, config = refine.load_classifier(args.out / "cls" / "last.pt", args.data, device)
+        model, config = refine.load_classifier(args.out / "cls" / "last.pt", dataset, device)
         deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
         record.update(scales=args.scales, beta=args.beta, steps=args.steps)
         record["table"], record["state"] = evaluate_layers(dataset, model, deep_from, args, device)

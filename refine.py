@@ -244,9 +244,9 @@ def contact_sheet(path, titles, rows, cell=160):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 # ---------------------------------------------------------------------------------------------------------------------
-def load_classifier(path, data_name, device):
+def load_classifier(path, dataset, device):
     """The stage-1 model of a checkpoint, in eval mode, and its config."""
-    state = data.read_checkpoint(path, "cls", data_name)
+    state = data.read_checkpoint(path, "cls", dataset.name, dataset.classes)
     config = state["config"]
     model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"], image_size=config["size"])
     model.load_state_dict(state["model"])
@@ -302,8 +302,8 @@ def profile(model, dataset, variants, args, device):
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
-    dataset = data.open_data(args.data, args.data_root, args.split, args.limit)
-    model, _ = load_classifier(args.out / "cls" / "last.pt", args.data, device)
+    dataset = data.open_split(args, args.split)
+    model, _ = load_classifier(args.out / "cls" / "last.pt", dataset, device)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     if args.profile:
         return profile(model, dataset, variants, args, device)

@@ -853,6 +853,40 @@ def test_study_gathers_runs_and_prints_their_table(tmp_path, capsys):
         evaluate.main(["--what", "study", "--out", str(tmp_path / "gone"), "--records", str(tmp_path / "none.json")])
 
 
+def test_own_data_through_all_stages(tmp_path, capsys):
+    voc = make_voc(tmp_path / "pets")
+    for annotation in (voc / "Annotations").iterdir():  # classes that VOC does not have
+        annotation.write_text(annotation.read_text().replace("person", "axolotl"))
+    own, classes = tmp_path / "mine", tmp_path / "classes.txt"
+    shutil.move(voc, own)
+    classes.write_text("axolotl\ncat\n")
+    for mask in (own / "SegmentationClass").iterdir():
+        old = data.read_mask(mask)
+        data.write_mask(mask, np.where(old == 8, 2, np.where(old == 15, 1, old)))
+    common = ["--data", str(own), "--classes", str(classes), "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+    train_cls.main([*common, "--preset", "toy", "--pretrained", "none", "--size", "64", "--batch", "2", "--epochs", "1",
+                    "--warmup-epochs", "0", "--deep-from", "2"])
+    refine.main([*common, "--scales", "1"])
+    train_seg.main([*common, "--arch", "deeplabv3_vit", "--size", "64", "--batch", "2", "--epochs", "1", "--scales", "1"])
+    for what in ("layers", "cam", "pseudo", "pred"):
+        evaluate.main([*common, "--what", what, "--scales", "1"])
+    assert "axolotl" in capsys.readouterr().out
+    classes.write_text("cat\naxolotl\n")  # in another order they are other classes
+    with pytest.raises(ValueError, match="trained on the classes axolotl, cat; now they are cat, axolotl"):
+        refine.main([*common, "--scales", "1", "--overwrite"])
+    classes.write_text("cat\ncat\n")
+    with pytest.raises(ValueError, match="1 to 254 different classes"):
+        refine.main(common)
+    with pytest.raises(ValueError, match="unknown data set .*with --classes"):
+        data.open_data(str(own), None, "train")
+    with pytest.raises(ValueError, match="VOC2012 has classes of its own"):
+        data.open_data("VOC2012", tmp_path, "train", classes=str(classes))
+    (own / "ImageSets" / "Segmentation" / "train.txt").write_text("../../secret\n")
+    classes.write_text("axolotl\ncat\n")
+    with pytest.raises(ValueError, match="names '../../secret', which is not the plain name of an image"):
+        refine.main(common)
+
+
 def test_training_resumes_to_the_same_weights(tmp_path):
     whole = train(tmp_path / "whole", epochs=3)
     train(tmp_path / "parts", epochs=3)

@@ -22,8 +22,6 @@ from refine import pseudo_label
 PAPER = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto",
              deep_from=7, affinity_weight=0.1, drop_path=0.1, lr=None)
 RECIPES = {  # defaults that differ from the paper's VOC run
-    "VOC2012": {},
-    "COCO2014": {},
     "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=8, pretrained="none",
                 deep_from=2, affinity_weight=2.0, drop_path=0.0, lr=1e-3),
 }
@@ -60,7 +58,7 @@ def parse_args(argv=None):
     add("--cache-gb", type=float, default=4, help="keep the decoded images on the device if they fit in this; 0: never")
     add("--profile", type=int, metavar="N", help="time N steps, plain and with the AReAM loss, and write nothing")
     args = parser.parse_args(argv)
-    for key, value in {**PAPER, **RECIPES[args.data]}.items():
+    for key, value in {**PAPER, **RECIPES.get(args.data, {})}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.split = args.split or data.training_split(args.data)
@@ -205,17 +203,17 @@ def mean_average_precision(logits, labels):
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
-    dataset = data.open_data(args.data, args.data_root, args.split, args.limit)
-    val = data.open_data(args.data, args.data_root, "val", args.limit)
+    dataset = data.open_split(args, args.split)
+    val = data.open_split(args, "val")
     batches = data.TrainingBatches(dataset, args.size, args.batch, args.seed, args.workers, device, args.cache_gb)
     model = vit.build(args.preset, len(dataset.classes), depth=args.depth, image_size=args.size)
     coupling = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
     folder = args.out / "cls"
     state = None
     if args.resume and (folder / "last.pt").is_file():
-        state = data.read_checkpoint(folder / "last.pt", "cls", args.data)
+        state = data.read_checkpoint(folder / "last.pt", "cls", dataset.name, dataset.classes)
     elif args.branch_from:
-        state = data.read_checkpoint(args.branch_from, "cls", args.data)
+        state = data.read_checkpoint(args.branch_from, "cls", dataset.name, dataset.classes)
     elif args.pretrained != "none":
         vit.load_pretrained(model, args.pretrained)
     model.to(device).set_drop_path(args.drop_path)
@@ -236,8 +234,8 @@ def main(argv=None):
     if args.profile:
         return profile(model, optimizer, batches, args, coupling, device)
     data.prepare_folder(folder, args)
-    config = {"data": args.data, "classes": list(dataset.classes),
-              **{k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, type(None)))}}
+    config = {**{k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, type(None)))},
+              "data": dataset.name, "classes": list(dataset.classes)}
     per_epoch = len(batches)
 
     def save(name, epoch):

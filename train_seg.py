@@ -161,8 +161,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
-    dataset = data.open_data(args.data, args.data_root, args.split, args.limit, cache=args.out / "masks")
-    target = data.open_data(args.data, args.data_root, args.predict_split, args.limit)
+    dataset = data.open_split(args, args.split, args.out / "masks")
+    target = data.open_split(args, args.predict_split)
     masks = args.masks or args.out / "pseudo"
     need_files(masks, dataset.ids, ".png", f"python refine.py --data {args.data} --split {args.split} --out {args.out}")
     if is_ground_truth(dataset, masks):
@@ -171,13 +171,13 @@ def main(argv=None):
     folder, state, classifier = args.out / "seg", None, None
     if args.arch == "deeplabv3_vit":
         first_stage = args.out / "cls" / "last.pt" if args.pretrained in ("auto", "none") else args.pretrained
-        classifier = data.read_checkpoint(first_stage, "cls", args.data)
+        classifier = data.read_checkpoint(first_stage, "cls", dataset.name, dataset.classes)
     net = build(args.arch, len(dataset.classes), classifier and classifier["config"])
     multiple = net.backbone.model.patch if classifier else 1
     if args.size % multiple:
         raise ValueError(f"--size {args.size} is not a multiple of the patch size {multiple}")
     if args.resume and (folder / "last.pt").is_file():
-        state = data.read_checkpoint(folder / "last.pt", "seg", args.data)
+        state = data.read_checkpoint(folder / "last.pt", "seg", dataset.name, dataset.classes)
         net.load_state_dict(state["model"])
     elif args.pretrained != "none" and classifier:
         net.backbone.model.load_state_dict(classifier["model"])
@@ -195,7 +195,7 @@ def main(argv=None):
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
     data.prepare_folder(folder, args)
-    config = {"data": args.data, "arch": args.arch, "classes": list(dataset.classes)}
+    config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes)}
     per_epoch, begin = len(loader), time.time()
     for epoch in range(first, args.epochs):
         loader.sampler.set_epoch(epoch)
