@@ -8,8 +8,10 @@ import math
 import multiprocessing
 import os
 import shutil
+import struct
 import tempfile
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -628,6 +630,94 @@ def test_artefacts_round_trip(tmp_path):
         temporary.write_bytes(b"half")
         raise RuntimeError("interrupted")
     assert np.array_equal(data.read_mask(tmp_path / "m.png"), mask) and len(list(tmp_path.iterdir())) == 3
+
+
+def damaged(good, rng):
+    """One broken variant of a file's bytes: cut, empty, noise, bytes changed, doubled, or something else altogether."""
+    kind = rng.integers(6)
+    if kind == 0:
+        return good[:rng.integers(len(good))]
+    if kind == 1:
+        return rng.bytes(rng.integers(0, 200))
+    if kind == 2:
+        return good + good
+    if kind == 3:
+        return [b"", b"null", b"[]", b"{}", b"<a/>", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\x00" * 99][rng.integers(9)]
+    changed = bytearray(good)
+    for _ in range(rng.integers(1, 30)):
+        changed[rng.integers(len(changed))] = rng.integers(256)
+    return bytes(changed)
+
+
+def test_damaged_files_end_in_a_clear_error_or_a_correct_result(tmp_path):
+    voc, coco = make_voc(tmp_path), make_coco(tmp_path)
+    data.write_cam(tmp_path / "a.npz", [3], torch.rand(1, 5, 5), (20, 20))
+    data.write_checkpoint(tmp_path / "a.pt", {"stage": "cls", "config": {"data": "toy", "classes": ["x"]}, "epoch": 1})
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    dataset = data.open_data("VOC2012", tmp_path, "train")
+    image, mask = voc / "JPEGImages" / "a.jpg", voc / "SegmentationClass" / "a.png"
+    xml, names = voc / "Annotations" / "a.xml", voc / "ImageSets" / "Segmentation" / "train.txt"
+    instances = coco / "annotations" / "instances_train2014.json"
+
+    def read_coco():
+        opened = data.open_data("COCO2014", tmp_path, "train")
+        return [(opened.labels(n), opened.rasterise(n)) for n in opened.ids]
+
+    readers = {
+        image: lambda: dataset.image("a").size, mask: lambda: dataset.mask("a"), xml: lambda: dataset.labels("a"),
+        names: lambda: data.open_data("VOC2012", tmp_path, "train"), instances: read_coco,
+        tmp_path / "a.npz": lambda: data.read_cam(tmp_path / "a.npz"),
+        tmp_path / "a.pt": lambda: data.read_checkpoint(tmp_path / "a.pt", "cls", "toy", ["x"]),
+        tmp_path / "classes.txt": lambda: data.read_classes(tmp_path / "classes.txt")}
+    rng, refused = np.random.default_rng(0), 0
+    for path, read in readers.items():
+        good = path.read_bytes()
+        for case in range(80):
+            path.write_bytes(damaged(good, rng))
+            try:
+                read()
+            except (ValueError, FileNotFoundError) as error:
+                refused += 1
+                assert path.name in str(error) or "split" in str(error), (path.name, case, error)
+        path.write_bytes(good)
+        read()
+    assert refused > 300
+
+
+def test_hostile_files(tmp_path):
+    voc = make_voc(tmp_path)
+    dataset = data.open_data("VOC2012", tmp_path, "train")
+    bomb = '<!DOCTYPE a [<!ENTITY a0 "' + "x" * 100 + '">' + "".join(
+        f'<!ENTITY a{i + 1} "{f"&a{i};" * 10}">' for i in range(9)) + "]><annotation><object><name>&a9;</name></object></annotation>"
+    (voc / "Annotations" / "a.xml").write_text(bomb)
+    with pytest.raises(ValueError, match="a.xml"):
+        dataset.labels("a")
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    huge = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)) + chunk(b"IEND", b"")
+    (voc / "SegmentationClass" / "a.png").write_bytes(huge)  # 3.6 gigapixels in a few bytes
+    with pytest.raises(ValueError, match="a.png is not a readable mask"):
+        dataset.mask("a")
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    torch.save({"stage": "cls", "config": {"data": "toy"}, "model": Attack()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt is not a checkpoint"):
+        data.read_checkpoint(tmp_path / "evil.pt", "cls")
+    np.savez(tmp_path / "evil.npz", class_ids=np.array([Attack()], dtype=object), cam=np.zeros((1, 2, 2)), size=[2, 2])
+    with pytest.raises(ValueError, match="evil.npz is not a readable CAM file"):
+        data.read_cam(tmp_path / "evil.npz")
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 5000), (3, 400)])
+def test_extreme_image_sizes(size):
+    model = vit.build("toy", 2, depth=1).eval()
+    pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    cam = refine.seed_cams(model, pixels, [1], {"seed": (0,)}, scales=(0.5, 1))["seed"]
+    mask = refine.pseudo_mask(pixels, [1], cam)
+    assert mask.shape == size and set(mask.unique().tolist()) <= {0, 2, 255} and torch.isfinite(cam).all()
 
 
 def test_sampler_depends_on_seed_and_epoch_only():
