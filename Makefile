@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 SMOKE ?=
+SLOW ?=
 SEEDS ?= 0 1 2
 
 .PHONY: demo test study-toy study-voc clean
@@ -17,7 +18,7 @@ demo: .venv/ready
 	$(PY) evaluate.py --data toy --what demo --before runs/toy/plain
 
 test: .venv/ready
-	$(PY) -m pytest -q test_aream.py
+	AREAM_SLOW=$(SLOW) $(PY) -m pytest -q -rs test_aream.py
 
 # The study. $(call row,folder,settings of train_cls.py,settings of evaluate.py) makes <folder>/<seed> for every seed, @
 # standing for the seed, and skips what is there: run it again to go on. One thread: rounding then is the same anywhere.

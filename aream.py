@@ -138,14 +138,20 @@ def affinity_label(mask, grid):
     return label.masked_fill((one == IGNORE) | (other == IGNORE), IGNORE)
 
 
-def pair_weights(label):
+def count_pairs(label):
+    """label (B, P, P) in {0, 1, 255} -> (2,) the number of different pairs and of pairs of the same class."""
+    return torch.stack([(label == 0).sum(), (label == 1).sum()])
+
+
+def pair_weights(label, pairs=None):
     """label (B, P, P) in {0, 1, 255} -> offset (B,) and weight (B, P, P) of affinity_loss.
 
     With n1, n0 the pairs of the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1)
-    is, image by image, offset + sum(weight * prob): one product a layer, whatever the labels are.
+    is, image by image, offset + sum(weight * prob): one product a layer, whatever the labels are. pairs (2,) = (n0, n1)
+    replaces the counts of label, when that is only a part of the batch.
     """
-    same, different = (label == 1).float(), (label == 0).float()
-    same, different = 0.5 * same / (same.sum() + 1), 0.5 * different / (different.sum() + 1)
+    n0, n1 = count_pairs(label) if pairs is None else pairs
+    same, different = 0.5 * (label == 1).float() / (n1 + 1), 0.5 * (label == 0).float() / (n0 + 1)
     return same.sum((1, 2)), different - same
 
 
@@ -159,13 +165,13 @@ def affinity_loss(prob, label):
     return offset.sum() + (weight * prob).sum()
 
 
-def aream_loss(affinity_logits, label, w_hat, supervised):
+def aream_loss(affinity_logits, label, w_hat, supervised, pairs=None):
     """Mean over the supervised layers of w_hat^l times the affinity loss of that layer.
 
     affinity_logits: L maps (B, N, N); label (B, P, P); w_hat (B, L) or (L,), no gradient; supervised: layer indices.
-    Per image, w_hat multiplies that image's pairs inside the batch's sums.
+    Per image, w_hat multiplies that image's pairs inside the batch's sums. pairs: see pair_weights.
     """
-    offset, weight = pair_weights(label)
+    offset, weight = pair_weights(label, pairs)
     w_hat = w_hat.detach().expand(len(label), -1)
     total = 0
     for l in supervised:

@@ -8,6 +8,7 @@ Expect ValueError or FileNotFoundError, with the file and the remedy, on anythin
 A dataset has .name, .classes (C names), .ids, and image(id), labels(id), mask(id), size(id). Image labels come from
 the annotation lists (XML, JSON), never from masks; mask() is ground truth and called by evaluate.py alone.
 """
+import atexit
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
@@ -430,7 +432,7 @@ class TrainingBatches:
 
     def __init__(self, dataset, size, batch, seed, workers, device, cache_gb):
         self.samples = ClassificationSet(dataset, min(size * 9 // 7, dataset.mean_size))
-        self.size, self.batch, self.device = size, batch, device
+        self.size, self.batch, self.device = size, batch // world(), device
         self.loader = train_loader(self.samples, batch, seed, workers, device)
         self.set_epoch = self.loader.sampler.set_epoch
         self.cached = len(self.samples) * 3 * math.prod(self.samples.size) <= cache_gb * 2**30
@@ -457,7 +459,7 @@ class TrainingBatches:
 
     def from_cache(self):
         keys = torch.tensor(list(self.loader.sampler))
-        for part in keys[:len(self) * self.batch].split(self.batch):
+        for part in keys.split(self.batch):
             index, seeds = part.T
             yield self.images[index.to(self.device)], self.samples.labels[index], self.aspects[index], seeds
 
@@ -497,29 +499,39 @@ def seeded(seed):
 
 
 class EpochSampler:
-    """Yields (index, seed) in an order, and with seeds, that depend on (seed, epoch) alone: call set_epoch."""
+    """Yields (index, seed) in an order, and with seeds, that depend on (seed, epoch) alone: call set_epoch.
 
-    def __init__(self, length, seed):
-        self.length, self.seed, self.epoch = length, seed, 0
+    Only whole batches of batch; of each, this process's share (all of it, unless torchrun started several).
+    """
+
+    def __init__(self, length, seed, batch=1):
+        self.length, self.seed, self.batch, self.epoch = length, seed, batch, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __len__(self):
-        return self.length
+        return self.length // self.batch * (self.batch // world())
 
     def __iter__(self):
         rng = random.Random(f"{self.seed}/{self.epoch}")
         order = list(range(self.length))
         rng.shuffle(order)
-        return iter([(index, rng.getrandbits(62)) for index in order])
+        keys = [(index, rng.getrandbits(62)) for index in order][:self.length // self.batch * self.batch]
+        share = self.batch // world()
+        return iter([key for i, key in enumerate(keys) if i % self.batch // share == rank()])
 
 
 def train_loader(samples, batch, seed, workers, device):
-    """A shuffling DataLoader; call loader.sampler.set_epoch(e) before each epoch. The last short batch is dropped."""
+    """A shuffling DataLoader; call loader.sampler.set_epoch(e) before each epoch. The last short batch is dropped.
+
+    batch is that of all processes together.
+    """
     if batch < 1 or batch > len(samples):
         raise ValueError(f"--batch {batch} with {len(samples)} images: it must be between 1 and the number of images")
-    return DataLoader(samples, batch, sampler=EpochSampler(len(samples), seed), num_workers=workers, drop_last=True,
+    if batch % world():
+        raise ValueError(f"--batch {batch} is shared by {world()} processes: it must be a multiple of {world()}")
+    return DataLoader(samples, batch // world(), sampler=EpochSampler(len(samples), seed, batch), num_workers=workers,
                       pin_memory=device.type == "cuda", persistent_workers=workers > 0)
 
 
@@ -619,12 +631,14 @@ def append_result(out, record):
 
 def progress(text):
     """A line that the next one overwrites, on a terminal only."""
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not rank():
         print(f"\r  {text:<76}", end="\r" if not text else "", flush=True)
 
 
 def log_line(folder, record):
     """One training log line: printed for people, appended to <folder>/log.jsonl for programs."""
+    if rank():
+        return
     with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     progress("")
@@ -633,6 +647,8 @@ def log_line(folder, record):
 
 def write_checkpoint(path, state):
     """Plain types and tensors only, so that read_checkpoint can refuse everything else."""
+    if rank():
+        return
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
@@ -717,6 +733,53 @@ def peak_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun --nproc_per_node=N train_cls.py ...
+# ---------------------------------------------------------------------------------------------------------------------
+def rank():
+    """This process's number, 0 .. world() - 1; 0 writes the logs and checkpoints."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device):
+    """Join the other processes, if there are any, and return this one's device."""
+    if world() == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def wait_for_all():
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_over_all(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def distributed(model, device):
+    """The model as it is, or in DistributedDataParallel (with batch statistics over all GPUs)."""
+    if world() == 1:
+        return model
+    if device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line that all stages share
 # ---------------------------------------------------------------------------------------------------------------------
 def common_arguments(parser):
@@ -745,14 +808,17 @@ def start(args):
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
     torch.manual_seed(args.seed)
-    return device
+    return join(device)
 
 
 def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "cache_gb", "profile")):
     """Make a stage's folder and its args.json.
 
-    A folder in use needs --resume (same settings, else ValueError) or --overwrite (its files are deleted).
+    A folder in use needs --resume (same settings, else ValueError) or --overwrite (its files are deleted). Of several
+    processes one does it and the others wait.
     """
+    if rank():
+        return wait_for_all()
     folder = Path(folder)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in keep}
     used = folder.is_dir() and any(folder.iterdir())
@@ -761,12 +827,15 @@ def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was "
                              f"{before.get(changed[0])!r}, now {settings[changed[0]]!r}; repeat the settings or use another --out")
+        for half_written in folder.glob(".*.tmp"):  # by a process that was killed
+            half_written.unlink()
     elif used and args.overwrite:
         shutil.rmtree(folder)
-    elif used:
+    elif used and not args.resume:
         raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "args.json", settings)
+    wait_for_all()
 
 
 def autocast(device):

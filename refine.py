@@ -310,8 +310,8 @@ def main(argv=None):
     cams, masks = args.out / "cam", args.out / "pseudo"
     for folder in (cams, masks):
         data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "pictures", "profile"))
-    begin, made = time.time(), 0
-    for i, name in enumerate(dataset.ids):
+    begin, made, mine = time.time(), 0, dataset.ids[data.rank()::data.world()]
+    for i, name in enumerate(mine):
         if (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file():
             continue
         pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
@@ -322,11 +322,14 @@ def main(argv=None):
         made += 1
         if made % 20 == 0:
             rate = made / (time.time() - begin)
-            left = (len(dataset.ids) - i - 1) / rate / 60
-            data.progress(f"{i + 1}/{len(dataset.ids)}  {rate:.1f} images/s  {left:.1f} minutes left")
+            left = (len(mine) - i - 1) / rate / 60
+            data.progress(f"{i + 1}/{len(mine)}  {rate:.1f} images/s  {left:.1f} minutes left")
+    data.wait_for_all()
     missing = [n for n in dataset.ids if not ((cams / f"{n}.npz").is_file() and (masks / f"{n}.png").is_file())]
     if missing:
         raise FileNotFoundError(f"{len(missing)} images have no CAM or pseudo-mask, first {missing[0]}: run with --resume")
+    if data.rank():
+        return
     data.log_line(masks, {"images": len(dataset.ids), "made": made, "seconds": time.time() - begin})
     if args.pictures:
         rows = []

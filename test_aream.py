@@ -8,7 +8,10 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -34,6 +37,7 @@ import train_seg
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # tiny tensors are many times slower with more
 REAL = os.environ.get("AREAM_DATA")
+slow = pytest.mark.skipif(not os.environ.get("AREAM_SLOW"), reason="slow: make test SLOW=1")
 
 
 @pytest.fixture(autouse=True)
@@ -1000,6 +1004,116 @@ def test_other_settings_run(tmp_path, more):
     assert (state["entropy"] is not None) == ("static" in more)
     lines = [json.loads(line) for line in (tmp_path / "cls" / "log.jsonl").read_text().splitlines()]
     assert lines[0]["aff_loss"] == 0 < lines[1]["aff_loss"] and {"lr", "images/s", "minutes_left"} <= set(lines[0])
+
+
+@slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_stages_go_on_to_the_same_result(tmp_path):
+    """Real processes, killed at random moments; what --resume ends with is what an uninterrupted run ends with."""
+    rng, fork = np.random.default_rng(0), multiprocessing.get_context("fork")
+    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    common = [*TINY, "--limit", "24", "--batch", "8"]
+    stages = {"cls": (train_cls.main, [*common, "--epochs", "6", "--warmup-epochs", "2", "--depth", "3", "--deep-from", "1"]),
+              "pseudo": (refine.main, [*TINY, "--limit", "150"]), "seg": (train_seg.main, [*common, "--epochs", "3"])}
+    whole, total = tmp_path / "whole", 0
+    for stage, (run, arguments) in stages.items():
+        run([*arguments, "--out", str(whole)])
+        killed = attempt = 0
+        while killed < 7:
+            attempt += 1
+            out = tmp_path / f"{stage}{attempt}"
+            for before in ("cls", "pseudo"):
+                if before != stage and (whole / before).is_dir() and list(stages).index(before) < list(stages).index(stage):
+                    shutil.copytree(whole / before, out / before)
+            while True:
+                process = fork.Process(target=run, args=([*arguments, "--out", str(out), "--resume"],))
+                process.start()
+                process.join(rng.uniform(0.05, 2.5))
+                if process.exitcode is None:
+                    os.kill(process.pid, signals[rng.integers(3)])
+                    process.join()
+                    killed += 1
+                elif process.exitcode == 0:
+                    break
+                else:
+                    raise AssertionError(f"{stage} ended with {process.exitcode}")
+        total += killed
+        pictures = {"cls": [], "pseudo": ["cam/*.npz", "pseudo/*.png"], "seg": ["pred/val/*.png"]}[stage]
+        for pattern in pictures:
+            names = sorted(p.relative_to(whole) for p in whole.glob(pattern))
+            assert names and names == sorted(p.relative_to(out) for p in out.glob(pattern))
+            assert all((out / n).read_bytes() == (whole / n).read_bytes() for n in names)
+        if stage != "pseudo":
+            first, second = (data.read_checkpoint(folder / stage / "last.pt", stage) for folder in (whole, out))
+            assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
+            assert first["optimizer"]["state"].keys() == second["optimizer"]["state"].keys()
+    assert total >= 20
+    assert (tmp_path / "cls1" / "cls" / "warmup.pt").is_file()
+
+
+def torchrun(processes, script, *arguments, timeout=120):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                           str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@slow
+def test_two_processes_train_and_refine_like_one(tmp_path):
+    here = Path(__file__).parent
+    settings = ["--drop-path", "0", "--warmup-epochs", "1", "--epochs", "2", "--batch", "8", "--depth", "3", "--deep-from", "1"]
+    one, two = ([*TINY, "--limit", "16", "--out", str(tmp_path / name)] for name in ("one", "two"))
+    train_cls.main([*one, *settings])
+    done = torchrun(2, here / "train_cls.py", *two, *settings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    states = [data.read_checkpoint(tmp_path / name / "cls" / "last.pt", "cls", "toy")["model"] for name in ("one", "two")]
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, atol=2e-3, rtol=1e-3)  # Adam turns rounding into small steps
+    logs = [[json.loads(line) for line in open(tmp_path / name / "cls" / "log.jsonl")] for name in ("one", "two")]
+    assert len(logs[1]) == 2
+    for a, b in zip(*logs):
+        assert b["cls_loss"] == pytest.approx(a["cls_loss"], rel=1e-3) and b["aff_loss"] == pytest.approx(a["aff_loss"], rel=1e-2)
+    shutil.copytree(tmp_path / "one" / "cls", tmp_path / "two" / "cls", dirs_exist_ok=True)
+    refine.main(one)
+    assert torchrun(2, here / "refine.py", *two).returncode == 0
+    for path in [*(tmp_path / "one" / "cam").glob("*.npz"), *(tmp_path / "one" / "pseudo").glob("*.png")]:
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert other.read_bytes() == path.read_bytes()
+    seg = torchrun(2, here / "train_seg.py", *two, "--batch", "4", "--epochs", "1")
+    assert seg.returncode == 0 and len(list((tmp_path / "two" / "pred" / "val").glob("*.png"))) == 16, seg.stderr[-2000:]
+
+
+GRADIENTS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import aream, data, train_cls, model as vit
+if sys.argv[3] == "dies" and data.rank() == 1:
+    raise SystemExit("rank 1 was told to die")
+args = train_cls.parse_args(["--data", "toy", "--device", "cpu"])
+device = data.start(args)
+dataset = data.open_data("toy", None, "train", 8)
+batch = next(iter(data.TrainingBatches(dataset, 64, 8, 0, 0, device, 4)))
+net = vit.build("toy", 6, depth=3)
+torch.nn.init.normal_(net.head.weight, std=0.1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0)
+losses = train_cls.train_step(data.distributed(net, device), optimizer, batch, args, True, aream.coupled_layers(3))
+if not data.rank():
+    torch.save({"losses": losses, **{k: p.grad for k, p in net.named_parameters()}}, sys.argv[2])
+"""
+
+
+@slow
+def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    found = []
+    for processes in (1, 2):
+        done = torchrun(processes, script, Path(__file__).parent, tmp_path / f"{processes}.pt", "lives")
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    for key in found[0].keys() - {"losses"}:
+        torch.testing.assert_close(found[1][key], found[0][key], atol=1e-6, rtol=1e-4)
+    dead = torchrun(2, script, Path(__file__).parent, tmp_path / "dead.pt", "dies", timeout=60)
+    assert dead.returncode != 0 and "rank 1 was told to die" in dead.stderr and not (tmp_path / "dead.pt").exists()
 
 
 def test_a_few_images_are_learnt():

@@ -123,8 +123,10 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None, ma
     if shared:
         label, w_hat, _ = make_labels(out, pixels, labels, guide, args, entropy, mark)
     cls_loss = aream.classification_loss(out.class_logits.float(), out.patch_logits.float(), labels)
-    aff_loss = (aream.aream_loss(out.affinity_logits, label, w_hat, supervised) if active
-                else torch.zeros((), device=pixels.device))
+    aff_loss = torch.zeros((), device=pixels.device)
+    if active:  # the pairs of the whole batch, which several processes may share; their gradients are averaged
+        pairs = data.sum_over_all(aream.count_pairs(label))
+        aff_loss = data.world() * aream.aream_loss(out.affinity_logits, label, w_hat, supervised, pairs)
     loss = cls_loss + args.affinity_weight * aff_loss
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss {loss.item()}")
@@ -171,7 +173,7 @@ def mean_entropy(model, batches):
         total = total + aream.layer_entropy(out.cam, out.affinity, labels).sum(0)
         count += len(labels)
     model.train()
-    return total / count
+    return data.sum_over_all(total) / (count * data.world())
 
 
 @torch.no_grad()
@@ -236,7 +238,7 @@ def main(argv=None):
     data.prepare_folder(folder, args)
     config = {**{k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, type(None)))},
               "data": dataset.name, "classes": list(dataset.classes)}
-    per_epoch = len(batches)
+    per_epoch, trained = len(batches), data.distributed(model, device)
 
     def save(name, epoch):
         data.write_checkpoint(folder / name, {
@@ -247,7 +249,7 @@ def main(argv=None):
     for epoch in range(first, args.epochs):
         active = args.reactivation != "none" and epoch >= args.warmup_epochs
         batches.set_epoch(epoch)
-        torch.manual_seed(args.seed * 100_003 + epoch)  # drop-path; a resumed epoch repeats it
+        torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # drop-path; a resumed epoch repeats it
         if active and args.entropy == "static" and entropy is None:
             entropy = mean_entropy(model, batches)
         model.train()
@@ -257,7 +259,7 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * done))
             try:
-                losses = train_step(model, optimizer, batch, args, active, coupling,
+                losses = train_step(trained, optimizer, batch, args, active, coupling,
                                     entropy if args.entropy == "static" else None)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} in epoch {epoch + 1}, step {step}: stopped; the last good state is in "
@@ -267,14 +269,16 @@ def main(argv=None):
                 rate = (step + 1) * args.batch / (time.time() - epoch_begin)
                 data.progress(f"step {step + 1}/{per_epoch}  losses {losses[0]:.4f} {losses[1]:.4f}  {rate:.1f} images/s")
         seconds = time.time() - epoch_begin
-        cls_mean, aff_mean = (sums / per_epoch).tolist()
+        cls_mean, aff_mean = (data.sum_over_all(sums) / per_epoch / data.world()).tolist()
         left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
+        if epoch + 1 == args.warmup_epochs:
+            save("warmup.pt", epoch + 1)
+        save("last.pt", epoch + 1)
         data.log_line(folder, {"epoch": epoch + 1, "cls_loss": cls_mean, "aff_loss": aff_mean,
                                "lr": optimizer.param_groups[0]["lr"], "images/s": per_epoch * args.batch / seconds,
                                "minutes_left": left / 60, "seconds": seconds})
-        save("last.pt", epoch + 1)
-        if epoch + 1 == args.warmup_epochs:
-            save("warmup.pt", epoch + 1)
+    if data.rank():
+        return
     print(f"class mAP on val (information only, nothing is chosen by it): {validate(model, val, args, device):.1f}")
     print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on {device}")
 

@@ -196,10 +196,10 @@ def main(argv=None):
         first = state["epoch"]
     data.prepare_folder(folder, args)
     config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes)}
-    per_epoch, begin = len(loader), time.time()
+    per_epoch, begin, trained = len(loader), time.time(), data.distributed(net, device)
     for epoch in range(first, args.epochs):
         loader.sampler.set_epoch(epoch)
-        torch.manual_seed(args.seed * 100_003 + epoch)  # dropout; a resumed epoch repeats it
+        torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # dropout; a resumed epoch repeats it
         net.train()
         total, epoch_begin = torch.zeros((), device=device), time.time()
         for step, (pixels, mask) in enumerate(loader):
@@ -207,9 +207,9 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * (1 - (epoch + step / per_epoch) / args.epochs) ** 0.9
             with data.autocast(device):
-                logits = net(data.normalise(pixels))["out"]
-            labelled = (mask != data.IGNORE).sum().clamp_min(1)  # a crop without a labelled pixel gives 0, not nan
-            loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="sum") / labelled
+                logits = trained(data.normalise(pixels))["out"]
+            labelled = data.sum_over_all((mask != data.IGNORE).sum()).clamp_min(1)  # without a labelled pixel 0, not nan
+            loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="sum") * data.world() / labelled
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss {loss.item()} in epoch {epoch + 1}, step {step}: stopped; the last good "
                                          f"state is in {folder}; lower --lr")
@@ -222,22 +222,25 @@ def main(argv=None):
                 data.progress(f"step {step + 1}/{per_epoch}  loss {loss.item():.4f}  {rate:.1f} images/s")
         seconds = time.time() - epoch_begin
         left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
+        total = data.sum_over_all(total) / data.world()
         data.log_line(folder, {"epoch": epoch + 1, "loss": total.item() / per_epoch, "lr": optimizer.param_groups[0]["lr"],
                                "images/s": per_epoch * args.batch / seconds, "minutes_left": left / 60, "seconds": seconds})
         data.write_checkpoint(folder / "last.pt", {"stage": "seg", "config": config, "epoch": epoch + 1,
                                                    "model": net.state_dict(), "optimizer": optimizer.state_dict()})
     net.eval()
     predictions, begin = args.out / "pred" / args.predict_split, time.time()
-    if first < args.epochs:  # a newly trained model replaces older predictions
+    if first < args.epochs and not data.rank():  # a newly trained model replaces older predictions
         for old in predictions.glob("*.png"):
             old.unlink()
-    for i, name in enumerate(target.ids):
+    data.wait_for_all()
+    for i, name in enumerate(target.ids[data.rank()::data.world()]):
         if (predictions / f"{name}.png").is_file():
             continue
         label = predict(net, pil_to_tensor(target.image(name)).to(device), args.scales, multiple)
         data.write_mask(predictions / f"{name}.png", label.cpu().numpy())
         if i % 20 == 19:
             data.progress(f"{i + 1}/{len(target.ids)} predicted, {(i + 1) / (time.time() - begin):.1f} images/s")
+    data.wait_for_all()
     data.log_line(folder, {"predicted": len(target.ids), "seconds": time.time() - begin})
 
 
