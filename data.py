@@ -149,6 +149,8 @@ class COCO2014:
             raise ValueError(f"{self.json} is not a COCO instances file ({type(error).__name__}: {error})") from error
         self.ids = sorted(self._objects)
         self.without_objects = len(name_of) - len(self.ids)
+        if self.without_objects and not rank():
+            print(f"{self.json.name}: {self.without_objects} of {len(name_of)} images have no object and are left out")
         have = {Path(name).stem for name in os.listdir(self.root / f"{split}2014")}
         if missing := [name for name in self.ids if name not in have]:
             raise FileNotFoundError(f"{self.json} names {len(missing)} images that are not in "
@@ -790,6 +792,7 @@ def common_arguments(parser):
     add("--out", help="output folder (default runs/<data>)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
+    add("--deterministic", action="store_true", help="on CUDA: only operations that give the same bits again (a CPU always does)")
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="data loading processes")
     add("--limit", type=int, help="use only the first so many images of each split")
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
@@ -808,6 +811,9 @@ def start(args):
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
     torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     return join(device)
 
 

@@ -1006,6 +1006,14 @@ def test_other_settings_run(tmp_path, more):
     assert lines[0]["aff_loss"] == 0 < lines[1]["aff_loss"] and {"lr", "images/s", "minutes_left"} <= set(lines[0])
 
 
+def test_same_seed_same_files(tmp_path):
+    first, second, other = (train(tmp_path / name, *more)["model"] for name, more in (
+        ("first", []), ("second", ["--deterministic", "--cache-gb", "0"]), ("other", ["--seed", "1"])))
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
 @slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_stages_go_on_to_the_same_result(tmp_path):
