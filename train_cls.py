@@ -4,7 +4,7 @@ Reads  images and image-level labels of --split; DeiT weights (--pretrained).
 Writes <out>/cls/{args.json, log.jsonl, last.pt, warmup.pt}: warmup.pt is the state at the end of the warm-up, from
        which another run can start with --branch-from.
 Run    python train_cls.py --data VOC2012                   (the paper's run)
-Expect on 2 CPU cores, DeiT-Tiny, 224 px: 13.5 to 13.9 images/s plain (2026-11-22). DeiT-S on a GPU: not yet run.
+Expect on 2 CPU cores, DeiT-Tiny, 224 px: 13.1 images/s plain, 7.8 with the AReAM loss (2026-11-22). On a GPU: not yet run.
 """
 import argparse
 import math
