@@ -1250,8 +1250,8 @@ def test_real_coco_areas():
 # ---------------------------------------------------------------------------------------------------------------------
 # python test_aream.py: the speed table
 # ---------------------------------------------------------------------------------------------------------------------
-def measure(kind, batch=16, size=224, depth=12, steps=3):
-    """Seconds (median) and extra peak MiB of one training step of DeiT-Tiny, in a process of its own."""
+def measure(kind, batch=16, size=224, depth=12, steps=5):
+    """Seconds (the least of steps) and extra peak MiB of one training step of DeiT-Tiny, in a process of its own."""
     torch.set_num_threads(THREADS)
     device = torch.device("cuda" if torch.cuda.is_available() and kind != "naive" else "cpu")
     labels = torch.zeros(batch, 20, device=device)
@@ -1278,7 +1278,7 @@ def measure(kind, batch=16, size=224, depth=12, steps=3):
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds[1:])), data.peak_memory(device) - before
+    return min(seconds[1:]), data.peak_memory(device) - before
 
 
 def alone(*given, **named):
@@ -1287,15 +1287,15 @@ def alone(*given, **named):
         return pool.submit(measure, *given, **named).result()
 
 
-def compare(slow, fast, repeats=3):
-    """Median seconds of two functions, called in turn."""
+def compare(slow, fast, repeats=5):
+    """Least seconds of two functions, called in turn (as timeit advises: what is above the least is other load)."""
     seconds = [[], []]
     for _ in range(repeats + 1):
         for function, kept in zip((slow, fast), seconds):
             begin = time.perf_counter()
             function()
             kept.append(time.perf_counter() - begin)
-    return [float(np.median(kept[1:])) for kept in seconds]
+    return [min(kept[1:]) for kept in seconds]
 
 
 @torch.no_grad()
