@@ -446,8 +446,7 @@ class TrainingBatches:
     def decode(self):
         """Fill the cache, with all worker processes, once."""
         parts = []
-        for images, _, aspects, _ in DataLoader(self.samples, 64, sampler=[(i, 0) for i in range(len(self.samples))],
-                                                num_workers=self.loader.num_workers):
+        for images, _, aspects, _ in plain_loader(self.samples, 64, self.loader.num_workers):
             parts.append((images.to(self.device), aspects))
             progress(f"{64 * len(parts)}/{len(self.samples)} images decoded")
         self.images, self.aspects = (torch.cat(part) for part in zip(*parts))
@@ -527,19 +526,21 @@ class EpochSampler:
 def train_loader(samples, batch, seed, workers, device):
     """A shuffling DataLoader; call loader.sampler.set_epoch(e) before each epoch. The last short batch is dropped.
 
-    batch is that of all processes together.
+    batch is that of all processes together. The generator of its own keeps it from drawing on the global one, on which
+    drop-path and dropout depend.
     """
     if batch < 1 or batch > len(samples):
         raise ValueError(f"--batch {batch} with {len(samples)} images: it must be between 1 and the number of images")
     if batch % world():
         raise ValueError(f"--batch {batch} is shared by {world()} processes: it must be a multiple of {world()}")
     return DataLoader(samples, batch // world(), sampler=EpochSampler(len(samples), seed, batch), num_workers=workers,
-                      pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+                      pin_memory=device.type == "cuda", persistent_workers=workers > 0, generator=torch.Generator())
 
 
 def plain_loader(samples, batch, workers):
     """Every sample once, in order."""
-    return DataLoader(samples, batch, sampler=[(index, 0) for index in range(len(samples))], num_workers=workers)
+    return DataLoader(samples, batch, sampler=[(index, 0) for index in range(len(samples))], num_workers=workers,
+                      generator=torch.Generator())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -662,7 +663,8 @@ def read_checkpoint(path, stage, data=None, classes=None):
     """
     command = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage]
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: make it with  python {command} --data {data or 'VOC2012'}")
+        raise FileNotFoundError(f"no checkpoint {path}: make it with  python {command} --data {data or 'VOC2012'} "
+                                f"--out {Path(path).parent.parent}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         config = state["config"]
@@ -815,6 +817,12 @@ def start(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return join(device)
+
+
+def same_data(args):
+    """The part of a command line that names the data, for messages."""
+    return " ".join([f"--data {args.data}", *([f"--classes {args.classes}"] if args.classes else []),
+                     *([f"--data-root {args.data_root}"] if args.data_root != "data" else [])])
 
 
 def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "cache_gb", "profile")):

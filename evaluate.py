@@ -105,6 +105,8 @@ def need_files(folder, ids, suffix, command):
 
 def target_of(dataset, name, size=None):
     mask = dataset.mask(name)
+    if (bad := mask[(mask > len(dataset.classes)) & (mask != data.IGNORE)]).size:
+        raise ValueError(f"the ground truth of {name} holds {bad[0]}: {dataset.name} has 0..{len(dataset.classes)} and 255")
     if size is not None and mask.shape != tuple(size):
         raise ValueError(f"{name}: the ground truth is {mask.shape[0]} x {mask.shape[1]} pixels, "
                          f"the prediction {size[0]} x {size[1]}")
@@ -190,7 +192,7 @@ def is_ground_truth(dataset, folder):
     for name in dataset.ids[:20]:
         try:
             target = dataset.mask(name)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # none, or none that pseudo-masks could be a copy of
             continue
         if not np.array_equal(data.read_mask(folder / f"{name}.png"), target):
             return False
@@ -384,7 +386,7 @@ def main(argv=None):
     if args.what == "demo":
         return demo(args, device)
     dataset = data.open_split(args, args.split, args.out / "masks")
-    M, again = len(dataset.classes) + 1, f"--data {args.data} --split {args.split} --out {args.out}"
+    M, again = len(dataset.classes) + 1, f"{data.same_data(args)} --split {args.split} --out {args.out}"
     record = {"what": args.what, "data": args.data, "split": args.split, "images": len(dataset.ids)}
     title = f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
     if args.what == "layers":
@@ -394,12 +396,13 @@ def main(argv=None):
         record["table"], record["state"] = evaluate_layers(dataset, model, deep_from, args, device)
         print(f"{title}: seed mIoU in percent, deep layers from {deep_from}")
         print_layers(record["table"], record["state"])
-        records = {args.out.name: record}
+        label = lambda out: "/".join(out.resolve().parts[-2:])
+        records = {label(args.out): record}
         if args.before:
-            before = data.read_json(args.before / "layers.json", f"python evaluate.py --what layers --out {args.before}")
+            before = data.read_json(args.before / "layers.json", f"python evaluate.py {data.same_data(args)} --what layers --out {args.before}")
             if len(before["state"]["entropy"]) != len(model.blocks):
                 raise ValueError(f"{args.before / 'layers.json'} is of a model with another number of layers")
-            records = {args.before.name: before, **records}
+            records = {label(args.before): before, **records}
         data.write_json(args.out / "layers.json", record)
         draw_layers(args.out / "layers.png", model, dataset, records, device)
         print(f"{args.out / 'layers.json'}, {args.out / 'layers.png'}")
@@ -419,7 +422,8 @@ def main(argv=None):
         print_classes(dataset, result)
     else:
         confusion, _ = evaluate_masks(dataset, args.out / "pred" / args.split,
-                                      f"python train_seg.py --data {args.data} --predict-split {args.split} --out {args.out}")
+                                      f"python train_seg.py {data.same_data(args)} --predict-split {args.split} --out {args.out} "
+                                      f"(after training: with --resume and its other settings)")
         result = scores(confusion)
         record["miou"] = 100 * result["miou"]
         print(f"{title}: mIoU {record['miou']:.1f}")

@@ -995,6 +995,18 @@ def test_training_resumes_to_the_same_weights(tmp_path):
         train(tmp_path / "whole", epochs=3)
     with pytest.raises(ValueError, match="--resume in .* with another --epochs"):
         train(tmp_path / "whole", "--resume", epochs=4)
+    with pytest.raises(ValueError, match="last.pt is already at epoch 3: give more than --epochs 3"):
+        train(tmp_path / "late", "--branch-from", str(tmp_path / "whole" / "cls" / "last.pt"), epochs=3)
+
+
+@pytest.mark.parametrize("cache_gb", ["0", "4"])
+def test_resumed_drop_path_draws_the_same(tmp_path, cache_gb):
+    more = ["--drop-path", "0.5", "--workers", "1", "--cache-gb", cache_gb]
+    whole = train(tmp_path / "whole", *more, epochs=3)
+    train(tmp_path / "parts", *more, epochs=3)
+    shutil.copy(tmp_path / "parts" / "cls" / "warmup.pt", tmp_path / "parts" / "cls" / "last.pt")
+    resumed = train(tmp_path / "parts", *more, "--resume", epochs=3)
+    assert all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
 
 
 @pytest.mark.parametrize("more", [["--reactivation", "uniform", "--coupling", "split"], ["--entropy", "static"],

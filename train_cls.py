@@ -177,9 +177,8 @@ def mean_entropy(model, batches):
 
 
 @torch.no_grad()
-def validate(model, dataset, args, device):
-    """Class mAP in percent on a split (mean over classes that occur of the average precision over images)."""
-    samples = data.ClassificationSet(dataset, args.size)
+def validate(model, samples, args, device):
+    """Class mAP in percent on a ClassificationSet (mean over classes that occur of the average precision over images)."""
     model.eval()
     logits, target = [], []
     for pixels, labels, _, _ in data.plain_loader(samples, args.batch, args.workers):
@@ -206,7 +205,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
     dataset = data.open_split(args, args.split)
-    val = data.open_split(args, "val")
+    val = data.ClassificationSet(data.open_split(args, "val"), args.size)
     batches = data.TrainingBatches(dataset, args.size, args.batch, args.seed, args.workers, device, args.cache_gb)
     model = vit.build(args.preset, len(dataset.classes), depth=args.depth, image_size=args.size)
     coupling = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
@@ -231,7 +230,11 @@ def main(argv=None):
             raise ValueError(f"the checkpoint to go on from has {config}; give the same settings")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+            group["weight_decay"] = decay
         first = state["epoch"]
+        if first >= args.epochs and not args.resume:
+            raise ValueError(f"{args.branch_from} is already at epoch {first}: give more than --epochs {args.epochs}")
         entropy = None if state["entropy"] is None else state["entropy"].to(device)
     if args.profile:
         return profile(model, optimizer, batches, args, coupling, device)

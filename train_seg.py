@@ -1,6 +1,6 @@
 """Stage 3: a torchvision DeepLab trained on pseudo-masks, and its predictions.
 
-Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; never ground truth.
+Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; ground truth only to refuse masks that equal it.
 Writes <out>/seg/{args.json, log.jsonl, last.pt} and <out>/pred/<split>/<image>.png for --predict-split.
 Run    python train_seg.py --data VOC2012                   (after refine.py)
 Expect on 2 CPU cores, deeplabv3_vit of DeiT-Tiny, 224 px: 8.2 to 8.7 images/s; prediction at 320 px 4.7 images/s (2026-11-22).
@@ -164,7 +164,7 @@ def main(argv=None):
     dataset = data.open_split(args, args.split, args.out / "masks")
     target = data.open_split(args, args.predict_split)
     masks = args.masks or args.out / "pseudo"
-    need_files(masks, dataset.ids, ".png", f"python refine.py --data {args.data} --split {args.split} --out {args.out}")
+    need_files(masks, dataset.ids, ".png", f"python refine.py {data.same_data(args)} --split {args.split} --out {args.out}")
     if is_ground_truth(dataset, masks):
         raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly supervised; give the "
                          f"pseudo-masks of refine.py")
@@ -178,6 +178,8 @@ def main(argv=None):
         raise ValueError(f"--size {args.size} is not a multiple of the patch size {multiple}")
     if args.resume and (folder / "last.pt").is_file():
         state = data.read_checkpoint(folder / "last.pt", "seg", dataset.name, dataset.classes)
+        if state["config"]["arch"] != args.arch:
+            raise ValueError(f"--resume in {folder}, which holds a {state['config']['arch']}, with --arch {args.arch}")
         net.load_state_dict(state["model"])
     elif args.pretrained != "none" and classifier:
         net.backbone.model.load_state_dict(classifier["model"])
@@ -194,7 +196,7 @@ def main(argv=None):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
-    data.prepare_folder(folder, args)
+    data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "predict_split"))
     config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes)}
     per_epoch, begin, trained = len(loader), time.time(), data.distributed(net, device)
     for epoch in range(first, args.epochs):
@@ -209,7 +211,7 @@ def main(argv=None):
             with data.autocast(device):
                 logits = trained(data.normalise(pixels))["out"]
             labelled = data.sum_over_all((mask != data.IGNORE).sum()).clamp_min(1)  # without a labelled pixel 0, not nan
-            loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="sum") * data.world() / labelled
+            loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="none").sum() * data.world() / labelled
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss {loss.item()} in epoch {epoch + 1}, step {step}: stopped; the last good "
                                          f"state is in {folder}; lower --lr")
@@ -230,7 +232,7 @@ def main(argv=None):
     net.eval()
     predictions, begin = args.out / "pred" / args.predict_split, time.time()
     if first < args.epochs and not data.rank():  # a newly trained model replaces older predictions
-        for old in predictions.glob("*.png"):
+        for old in predictions.parent.glob("*/*.png"):
             old.unlink()
     data.wait_for_all()
     for i, name in enumerate(target.ids[data.rank()::data.world()]):
