@@ -9,8 +9,8 @@ SEEDS ?= 0 1 2
 demo: .venv/ready
 	$(PY) train_cls.py --data toy --reactivation none --out runs/toy/plain --overwrite $(SMOKE)
 	$(PY) train_cls.py --data toy --branch-from runs/toy/plain/cls/warmup.pt --overwrite $(SMOKE)
-	$(PY) evaluate.py --data toy --what layers --out runs/toy/plain $(LIMIT)
-	$(PY) evaluate.py --data toy --what layers --before runs/toy/plain $(LIMIT)
+	$(PY) evaluate.py --data toy --what layers --out runs/toy/plain --limit 300 $(LIMIT)
+	$(PY) evaluate.py --data toy --what layers --before runs/toy/plain --limit 300 $(LIMIT)
 	$(PY) refine.py --data toy --overwrite $(LIMIT)
 	$(PY) evaluate.py --data toy --what pseudo $(LIMIT)
 	$(PY) train_seg.py --data toy --overwrite $(SEG)
