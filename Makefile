@@ -25,6 +25,11 @@ test: .venv/ready
 row = $(foreach s,$(SEEDS),test -f $(1)/$(s)/layers.json || { $(PY) train_cls.py $(subst @,$(s),$(2)) --seed $(s) --out $(1)/$(s) --overwrite && $(PY) evaluate.py --what layers $(3) --out $(1)/$(s); } &&) true
 # $(call score,folder,folder of the run,settings of evaluate.py): another way to refine with the same classifier
 score = $(foreach s,$(SEEDS),test -f $(1)/$(s)/layers.json || { mkdir -p $(1)/$(s) && cp -r $(2)/$(s)/cls $(1)/$(s) && $(PY) evaluate.py --what layers $(3) --out $(1)/$(s); } &&) true
+# $(call masks,folder,folder of the run,settings of refine.py,of evaluate.py): pseudo-masks of a classifier
+# $(call deeplab,...,settings of train_seg.py): and a DeepLab trained on them
+with = mkdir -p $(1)/$(s) && cp -r $(2)/$(s)/cls $(1)/$(s) && $(PY) refine.py $(3) --out $(1)/$(s) --overwrite && $(PY) evaluate.py --what pseudo $(4) --out $(1)/$(s)
+masks = $(foreach s,$(SEEDS),test -f $(1)/$(s)/results.json || { $(with); } &&) true
+deeplab = $(foreach s,$(SEEDS),grep -qs '"pred"' $(1)/$(s)/results.json || { $(with) && $(PY) train_seg.py $(5) --seed $(s) --out $(1)/$(s) --overwrite && $(PY) evaluate.py --what pred $(subst --split train,,$(4)) --out $(1)/$(s); } &&) true
 
 T := runs/study-toy
 TOY := --data toy --branch-from $T/1.none/@/cls/warmup.pt
@@ -50,14 +55,26 @@ study-toy: .venv/ready
 	$(call row,$T/6.depth-3,--data toy --reactivation none --depth 3,$(TOYS))
 	$(call row,$T/6.depth-4,--data toy --reactivation none --depth 4,$(TOYS))
 	$(call row,$T/6.depth-5,--data toy --reactivation none --depth 5,$(TOYS))
+	$(call masks,$T/7.band,$T/1.entropy,--data toy,--data toy)
+	$(call masks,$T/7.one-threshold,$T/1.entropy,--data toy --low 0.45 --high 0.45,--data toy)
+	$(call masks,$T/7.without-par,$T/1.entropy,--data toy --par-iterations 0,--data toy)
+	$(call deeplab,$T/8.none,$T/1.none,--data toy,--data toy,--data toy)
+	$(call deeplab,$T/8.uniform,$T/1.uniform,--data toy,--data toy,--data toy)
+	$(call deeplab,$T/8.entropy,$T/1.entropy,--data toy,--data toy,--data toy)
 	$(PY) evaluate.py --what study --out $T --records results/toy.json
 
 V := runs/study-voc
 VOC_ROOT ?= data
+THREADS ?= 1
 DEIT_TINY ?= auto
 VOC := --data VOC2012 --data-root $(VOC_ROOT) --split train --preset deit_tiny --batch 16
-VOCB := $(VOC) --lr 7e-4 --epochs 13 --warmup-epochs 10 --affinity-weight 0.5 --coupling split --branch-from $V/0.warm-up/@/cls/last.pt
-VOCS := --data VOC2012 --data-root $(VOC_ROOT) --split train --limit 400 --scales 1
+VOCB := $(VOC) --lr 1.3e-3 --epochs 12 --warmup-epochs 10 --affinity-weight 0.5 --coupling split --branch-from $V/0.warm-up/@/cls/last.pt
+VOCE := --data VOC2012 --data-root $(VOC_ROOT) --split train --limit 400
+VOCS := $(VOCE) --scales 1
+VOCF := --data VOC2012 --data-root $(VOC_ROOT) --split train --limit 500
+VOCM := $(VOCF) --scales 1
+VOCD := $(VOCM) --arch deeplabv3_vit --size 224 --epochs 5
+study-voc: export OMP_NUM_THREADS = $(THREADS)
 study-voc: .venv/ready
 	$(call row,$V/0.warm-up,$(VOC) --lr 3e-4 --epochs 10 --reactivation none --pretrained $(DEIT_TINY),$(VOCS))
 	$(call row,$V/1.none,$(VOCB) --reactivation none,$(VOCS))
@@ -71,6 +88,19 @@ study-voc: .venv/ready
 	$(call row,$V/3.deep-from-9,$(VOCB) --deep-from 9,$(VOCS) --deep-from 7)
 	$(call row,$V/4.one-view,$(VOCB) --labels one-view,$(VOCS))
 	$(call row,$V/4.shared,$(VOCB) --labels shared,$(VOCS))
+	$(call score,$V/5.steps-2,$V/1.entropy,$(VOCS) --steps 2)
+	$(call score,$V/5.steps-4,$V/1.entropy,$(VOCS) --steps 4)
+	$(call score,$V/5.beta-2,$V/1.entropy,$(VOCS) --beta 2)
+	$(call score,$V/5.three-scales,$V/1.entropy,$(VOCS) --scales 0.5 1 1.5)
+	$(call row,$V/6.depth-6,$(VOC) --lr 3e-4 --epochs 10 --reactivation none --pretrained $(DEIT_TINY) --depth 6,$(VOCS) --deep-from 4)
+	$(call row,$V/6.depth-8,$(VOC) --lr 3e-4 --epochs 10 --reactivation none --pretrained $(DEIT_TINY) --depth 8,$(VOCS) --deep-from 5)
+	$(call row,$V/6.depth-10,$(VOC) --lr 3e-4 --epochs 10 --reactivation none --pretrained $(DEIT_TINY) --depth 10,$(VOCS) --deep-from 6)
+	$(call masks,$V/7.band,$V/1.entropy,$(VOCS),$(VOCE))
+	$(call masks,$V/7.one-threshold,$V/1.entropy,$(VOCS) --low 0.45 --high 0.45,$(VOCE))
+	$(call masks,$V/7.without-par,$V/1.entropy,$(VOCS) --par-iterations 0,$(VOCE))
+	$(call deeplab,$V/8.none,$V/1.none,$(VOCM),$(VOCF),$(VOCD))
+	$(call deeplab,$V/8.uniform,$V/1.uniform,$(VOCM),$(VOCF),$(VOCD))
+	$(call deeplab,$V/8.entropy,$V/1.entropy,$(VOCM),$(VOCF),$(VOCD))
 	$(PY) evaluate.py --what study --out $V --records results/voc.json
 
 .venv/ready: requirements.txt

@@ -10,6 +10,7 @@ the annotation lists (XML, JSON), never from masks; mask() is ground truth and c
 """
 import atexit
 import hashlib
+import io
 import json
 import math
 import os
@@ -171,20 +172,52 @@ class COCO2014:
             write_mask(path, self.rasterise(name))
         return read_mask(path)
 
+    def cache_masks(self, workers):
+        """Rasterise every mask that is not cached yet, in worker processes; an interrupted call goes on where it was."""
+        missing = [name for name in self.ids if not (Path(self.cache) / self.split / f"{name}.png").is_file()]
+        made = 0
+        for count in DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all):
+            made += count
+            progress(f"{made}/{len(missing)} masks rasterised")
+        progress("")
+
+    def rasterise_all(self, names):
+        for name in names:
+            self.mask(name)
+        return len(names)
+
     def rasterise(self, name):
-        H, W = self._size[name]
-        canvas = Image.new("L", (W, H), 0)
+        mask = np.zeros(self._size[name], np.uint8)
         for _, index, segmentation in sorted(self._objects[name], key=lambda o: -o[0]):
-            if isinstance(segmentation, dict):  # run lengths: crowds
-                canvas.paste(mask_value(index), mask=Image.fromarray(decode_rle(segmentation, H, W) * np.uint8(255)))
-            else:
-                for polygon in segmentation:
-                    if len(polygon) >= 6:
-                        ImageDraw.Draw(canvas).polygon(polygon, fill=mask_value(index))
-        return np.array(canvas)
+            try:
+                mask[draw_object(segmentation, *mask.shape)] = mask_value(index)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{self.json}: an object of {name} has no readable outline ({error})") from error
+        return mask
 
     def ground_truth_folders(self):
         return [Path(self.cache)] if self.cache else []
+
+
+def draw_object(segmentation, H, W):
+    """The pixels (H, W) bool of a COCO segmentation: a list of polygons, or run lengths (crowds).
+
+    A polygon has the pixels whose centre is inside. Pillow fills its edge too, so it is drawn four times as large.
+    """
+    if isinstance(segmentation, dict):
+        return decode_rle(segmentation, H, W).astype(bool)
+    mask = np.zeros((H, W), bool)
+    polygons = [np.reshape(p, (-1, 2)).astype(float).clip(0, (W, H)) for p in segmentation if len(p) >= 6]
+    if polygons:
+        points = np.concatenate(polygons)
+        if not np.isfinite(points).all():
+            raise ValueError("a coordinate is not a number")
+        (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
+        fine = Image.new("L", (4 * int(right - left), 4 * int(bottom - top)))
+        for polygon in polygons:
+            ImageDraw.Draw(fine).polygon([tuple(xy) for xy in 4 * (polygon - (left, top)) - 0.5], fill=1)
+        mask[top:bottom, left:right] = np.asarray(fine)[2::4, 2::4]
+    return mask
 
 
 def decode_rle(segmentation, H, W):
@@ -548,13 +581,19 @@ def plain_loader(samples, batch, workers):
 # ---------------------------------------------------------------------------------------------------------------------
 @contextmanager
 def replacing(path):
-    """Yields a temporary path in the same folder; it takes the place of path only when the block went well."""
+    """Yields a temporary path in the same folder; it takes the place of path only when the block went well.
+
+    Raises OSError if the block does (a full disk): then path is what it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}): free some space or choose another --out, then go on with "
+                      f"--resume; nothing that was there is lost") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -642,8 +681,10 @@ def log_line(folder, record):
     """One training log line: printed for people, appended to <folder>/log.jsonl for programs."""
     if rank():
         return
-    with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    path = Path(folder) / "log.jsonl"
+    before = read_text(path) if path.is_file() else ""
+    with replacing(path) as temporary:  # whole lines only, whatever happens
+        temporary.write_text(before + json.dumps(record) + "\n", encoding="utf-8")
     progress("")
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
 
@@ -652,8 +693,12 @@ def write_checkpoint(path, state):
     """Plain types and tensors only, so that read_checkpoint can refuse everything else."""
     if rank():
         return
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # straight to a file, a full disk would end in an error of zip's innards
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the old one's place
 
 
 def read_checkpoint(path, stage, data=None, classes=None):
@@ -671,7 +716,7 @@ def read_checkpoint(path, stage, data=None, classes=None):
         if state["stage"] != stage:
             raise ValueError(f"it is of stage {state['stage']!r}, not {stage!r}")
     except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of {command} ({str(error).splitlines()[0][:200]})") from error
+        raise ValueError(f"{path} is not a checkpoint of {command} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
     if data is not None and Path(config["data"]).name != Path(data).name:
         raise ValueError(f"{path} was trained on {config['data']}, not on {data}: give the --out of a {data} run")
     if classes is not None and list(classes) != config["classes"]:

@@ -154,7 +154,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     variants = {"patch map alone": None, "unrefined": (), "all layers": (*shallow, *deep), "shallow layers": tuple(shallow),
-                "deep layers": tuple(deep), **{f"layer {l}": (l,) for l in (*shallow, *deep)}}
+                "deep layers": tuple(deep), "all, weighted": "entropy", **{f"layer {l}": (l,) for l in (*shallow, *deep)}}
     counts, states, begin = {name: 0 for name in variants}, [], time.time()
     for i, name in enumerate(dataset.ids):
         pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
@@ -327,35 +327,55 @@ def demo(args, device):
 
 
 def study(folder, path):
-    """Gather <folder>/<row>/<seed>/layers.json into the records file path, and print its table in Markdown.
+    """Gather what the runs <folder>/<row>/<seed> were scored with into the records file path, and print it in Markdown.
 
-    Without the folder only the table is printed, from the records. Rows are sorted by name; mean and standard deviation
-    over seeds, in percent at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
+    Without the folder only the tables are printed, from the records. Rows are sorted by name; mean and standard deviation
+    over seeds, in percent. Seeds: at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
     """
     if folder.is_dir():
-        found = sorted(folder.glob("*/*/layers.json"), key=lambda f: (f.parts[-3], f.parts[-2]))
         records = []
-        for f in found:
-            settings = data.read_json(f.parent / "cls" / "args.json", "repeat the study")
-            settings = {k: settings[k] for k in ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "reactivation",
-                                                 "entropy", "coupling", "deep_from", "affinity_weight", "labels")}
-            records.append({"row": f.parts[-3], "seed": f.parts[-2], "settings": settings,
-                            **data.read_json(f, "delete it and repeat the study")})
+        for run in sorted({f.parent for kind in ("layers", "results") for f in folder.glob(f"*/*/{kind}.json")}):
+            settings = data.read_json(run / "cls" / "args.json", "repeat the study")
+            record = {"row": run.parent.name, "seed": run.name, "settings": {k: settings[k] for k in (
+                "preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "reactivation", "entropy", "coupling", "deep_from",
+                "affinity_weight", "labels")}}
+            if (run / "layers.json").is_file():
+                record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
+            if (run / "pseudo" / "args.json").is_file():
+                record["refine"] = data.read_json(run / "pseudo" / "args.json", "repeat the study")
+            for result in data.read_json(run / "results.json", "repeat the study"):
+                if result["what"] in ("pseudo", "pred"):
+                    record[result["what"]] = result
+            records.append(record)
         if not records:
-            raise FileNotFoundError(f"no <row>/<seed>/layers.json under {folder}: make study-toy or make study-voc write them")
+            raise FileNotFoundError(f"no scored <row>/<seed> under {folder}: make study-toy or make study-voc write them")
         path.parent.mkdir(parents=True, exist_ok=True)
         data.write_json(path, records)
     records = data.read_json(path, "make it with  make study-toy  or  make study-voc")
-    columns = ("unrefined", "shallow layers", "deep layers", "all layers")
-    print("| row | seeds | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(columns)) + "|")
-    for row in dict.fromkeys(r["row"] for r in records):
-        runs = [r["table"] for r in records if r["row"] == row]
-        cells = []
-        for column in columns:
-            fixed = [t[column]["fixed"] for t in runs]
-            spread = f" ± {np.std(fixed, ddof=1):.1f}" if len(fixed) > 1 else ""
-            cells.append(f"{np.mean(fixed):.1f}{spread} ({np.mean([t[column]['best'] for t in runs]):.1f})")
-        print(f"| {row} | {len(runs)} | " + " | ".join(cells) + " |")
+    rows = {name: [r for r in records if r["row"] == name] for name in dict.fromkeys(r["row"] for r in records)}
+
+    def table(columns, cell, has):
+        print("| row | seeds | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(columns)) + "|")
+        for name, runs in rows.items():
+            if runs := [r for r in runs if has in r]:
+                print(f"| {name} | {len(runs)} | " + " | ".join(cell(runs, c) for c in columns) + " |")
+
+    def spread(values):
+        return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+    def seed_cell(runs, column):
+        runs = [r["table"][column] for r in runs]
+        return f"{spread([r['fixed'] for r in runs])} ({np.mean([r['best'] for r in runs]):.1f})"
+
+    def mask_cell(runs, column):
+        what, key = {"labelled pixels": ("pseudo", "labelled"), "all pixels": ("pseudo", "all"),
+                     "undecided": ("pseudo", "undecided"), "DeepLab, val": ("pred", "miou")}[column]
+        values = [r[what][key] for r in runs if what in r]
+        return spread(values) if values else ""
+
+    table(("unrefined", "shallow layers", "deep layers", "all layers", "all, weighted"), seed_cell, "table")
+    print()
+    table(("labelled pixels", "all pixels", "undecided", "DeepLab, val"), mask_cell, "pseudo")
 
 
 def parse_args(argv=None):
@@ -386,6 +406,8 @@ def main(argv=None):
     if args.what == "demo":
         return demo(args, device)
     dataset = data.open_split(args, args.split, args.out / "masks")
+    if isinstance(dataset, data.COCO2014):
+        dataset.cache_masks(args.workers)
     M, again = len(dataset.classes) + 1, f"{data.same_data(args)} --split {args.split} --out {args.out}"
     record = {"what": args.what, "data": args.data, "split": args.split, "images": len(dataset.ids)}
     title = f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"

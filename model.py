@@ -282,7 +282,7 @@ def read_weights(source, preset):
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors alike
-        raise ValueError(f"{source} is not a readable weights file ({str(error).splitlines()[0][:200]})") from error
+        raise ValueError(f"{source} is not a readable weights file ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{source} holds a {type(state).__name__}, not a dict of weights")
     return state

@@ -88,6 +88,8 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
     """
     if images.shape[-2:] != score.shape[-2:]:
         raise ValueError(f"images are {tuple(images.shape[-2:])} and scores {tuple(score.shape[-2:])} pixels: resize one")
+    if iterations < 0:
+        raise ValueError(f"PAR with {iterations} iterations: 0 (none) or more")
     if images.device.type == "cpu":  # few images at a time stay in the cache, and absent classes need no work
         chunk = max(1, 2**16 // images[0, 0].numel())
         if len(images) > chunk:
@@ -114,28 +116,35 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
 # ---------------------------------------------------------------------------------------------------------------------
 # Pseudo-labels
 # ---------------------------------------------------------------------------------------------------------------------
-def pseudo_label(images, cam, labels, low=0.35, high=0.55):
+def present_classes(labels):
+    """labels (B, C) in {0, 1} -> class indices (B, K), each image's own first, and which of them are its own (B, K).
+
+    K is the most classes that an image of the batch has (at least 1): what a batch costs does not grow with C.
+    """
+    present, class_ids = labels.topk(max(1, int(labels.sum(1).max())), dim=1)
+    return class_ids, present
+
+
+def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iterations=ITERATIONS):
     """Confident labels from a CAM, with a band of 255 between a low and a high background score.
 
-    images (B, 3, H, W) in [0, 1]; cam (B, C, h, w) in [0, 1], any size; labels (B, C) in {0, 1}.
+    images (B, 3, H, W) in [0, 1]; cam (B, K, h, w) in [0, 1], any size; class_ids, present (B, K): present_classes.
     Returns (B, H, W) int64 in {0, 1..C, 255}: foreground where it wins against the high background score, background
-    where that wins already against the low one, 255 elsewhere. Both scores are refined together, at half size.
+    where that wins already against the low one, 255 elsewhere. Both scores are refined together, at half size, by so
+    many iterations of PAR.
     """
     if not 0 <= low <= high <= 1:
         raise ValueError(f"background scores low {low}, high {high}: 0 <= low <= high <= 1")
     H, W = images.shape[-2:]
     half = (max(1, H // 2), max(1, W // 2))
-    K = max(1, int(labels.sum(1).max()))
-    present, class_ids = labels.topk(K, dim=1)  # (B, K): the classes of each image first, absent ones fill up
-    rows = torch.arange(len(cam), device=cam.device)[:, None]
-    cam = F.interpolate(cam[rows, class_ids].float(), size=half, mode="bilinear", align_corners=False)  # (B, K, h, w)
+    cam = F.interpolate(cam.float(), size=half, mode="bilinear", align_corners=False)  # (B, K, h, w)
     cam = cam.masked_fill(present[..., None, None] == 0, float("-inf"))
     background = [torch.full_like(cam[:, :1], beta) for beta in (low, high)]
     score = torch.cat([torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background], 1)  # (B, 2 K, h, w)
     small = F.interpolate(images.float(), size=half, mode="bilinear", align_corners=False)
-    score = pixel_adaptive_refine(small, score)
+    score = pixel_adaptive_refine(small, score, iterations=iterations)
     score = F.interpolate(score, size=(H, W), mode="bilinear", align_corners=False)
-    total = KERNEL_SUM**ITERATIONS  # of all K + 1 channels: the background's is what the classes leave of it
+    total = KERNEL_SUM**iterations  # of all K + 1 channels: the background's is what the classes leave of it
     values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)  # (B, K + 1)
     at_low, at_high = (
         values.gather(1, torch.cat([total - s.sum(1, keepdim=True), s], 1).max(1).indices.flatten(1)).view(-1, H, W)
@@ -147,7 +156,9 @@ def pseudo_label(images, cam, labels, low=0.35, high=0.55):
 # CAMs of whole images
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_layers(text, depth):
-    """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> tuple of layer indices."""
+    """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> tuple of layer indices; "entropy" stays what it is."""
+    if text == "entropy":
+        return text
     if text in ("all", "none"):
         return tuple(range(depth)) if text == "all" else ()
     try:
@@ -158,7 +169,7 @@ def parse_layers(text, depth):
     except ValueError:
         layers = []
     if not layers or min(layers) < 0 or max(layers) >= depth:
-        raise ValueError(f"--layers {text!r}: use all, none or something like 0-6 or 3,7 within 0-{depth - 1}")
+        raise ValueError(f"--layers {text!r}: use all, none, entropy or something like 0-6 or 3,7 within 0-{depth - 1}")
     return tuple(sorted(set(layers)))
 
 
@@ -167,7 +178,8 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
-    the class-attended CAM as it is; None: the patch map without the class tokens' attention). Every scale is seen with
+    the class-attended CAM as it is; None: the patch map without the class tokens' attention; "entropy": all layers, each
+    with the re-activation weight 1 - e that it has in this image, as in training). Every scale is seen with
     its mirror image, padded to whole patches and cropped. observe: called with the first scale's ViTOutput (B = 2).
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
@@ -185,7 +197,11 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
         blocks = [aream.patch_block(a, attended.shape[-2] * attended.shape[-1]) for a in out.affinity]
         for name, layers in variants.items():
             cam = attended if layers is not None else out.cam[:, class_ids]
-            if layers:
+            if layers == "entropy":
+                present = torch.ones_like(cam[..., 0, 0])  # (2, K)
+                weights, _ = aream.reactivation_weights(aream.layer_entropy(out.cam[:, class_ids], blocks, present))
+                cam = random_walk(attended, sum(weights[:, l, None, None] * block for l, block in enumerate(blocks)), beta, steps)
+            elif layers:
                 cam = random_walk(attended, sum(blocks[l] for l in layers) / len(layers), beta, steps)
             cam = F.interpolate(cam, size=padded.shape[-2:], mode="bilinear", align_corners=False)[..., :h, :w]
             cam = cam[:1] + cam[1:].flip(-1)
@@ -193,14 +209,10 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     return {name: aream.normalise_cam(cam, torch.ones_like(cam[..., 0, 0]))[0] for name, cam in total.items()}
 
 
-def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55):
+def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIONS):
     """One image's pseudo-mask: pixels (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
-    present = torch.ones(1, len(cam), device=cam.device)
-    local = pseudo_label(pixels[None].float() / 255, cam[None], present, low, high)[0]  # values 0, 1..K, 255
-    values = torch.full((256,), data.IGNORE, device=cam.device)
-    values[0] = 0
-    values[1:len(cam) + 1] = data.mask_value(torch.as_tensor(class_ids, device=cam.device))
-    return values[local]
+    class_ids = torch.as_tensor(class_ids, device=cam.device)[None]
+    return pseudo_label(pixels[None].float() / 255, cam[None], class_ids, torch.ones_like(class_ids), low, high, iterations)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,9 +278,10 @@ def parse_args(argv=None):
     refine_arguments(parser)
     add = parser.add_argument
     add("--split", help="default: trainaug of VOC2012, else train")
-    add("--layers", default="all", help="layers whose mean affinity refines: all, none, or like 0-6")
+    add("--layers", default="all", help="layers whose mean affinity refines: all, none, like 0-6, or entropy: all, weighted by 1 - e")
     add("--low", type=float, default=0.35, help="low background score")
     add("--high", type=float, default=0.55, help="high background score; between the two lies the band of 255")
+    add("--par-iterations", type=int, default=ITERATIONS, help="of the pixel-adaptive refinement; 0: none")
     add("--pictures", type=int, default=0, metavar="N", help="also write a contact sheet of the first N images")
     add("--profile", type=int, metavar="N", help="time N images and write nothing")
     return finish_args(parser.parse_args(argv))
@@ -291,7 +304,7 @@ def profile(model, dataset, variants, args, device):
         watch("load")
         cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)["seed"]
         watch("CAM")
-        pseudo_mask(pixels, class_ids, cam, args.low, args.high).cpu()
+        pseudo_mask(pixels, class_ids, cam, args.low, args.high, args.par_iterations).cpu()
         watch("PAR")
         if i == warm_up - 1:
             watch.reset()
@@ -316,7 +329,7 @@ def main(argv=None):
             continue
         pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
         cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)["seed"]
-        mask = pseudo_mask(pixels, class_ids, cam, args.low, args.high)
+        mask = pseudo_mask(pixels, class_ids, cam, args.low, args.high, args.par_iterations)
         data.write_cam(cams / f"{name}.npz", class_ids, cam.cpu(), pixels.shape[-2:])
         data.write_mask(masks / f"{name}.png", mask.cpu().numpy())
         made += 1

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import aream
@@ -382,6 +383,12 @@ def test_random_walk():
         refine.random_walk(score, affinity, steps=-1)
 
 
+def pseudo_label(images, cam, labels, *more):
+    """refine.pseudo_label with the CAMs of all classes, present or not."""
+    class_ids, present = refine.present_classes(labels)
+    return refine.pseudo_label(images, cam[torch.arange(len(cam))[:, None], class_ids], class_ids, present, *more)
+
+
 def test_pseudo_label():
     images = torch.full((2, 3, 64, 64), 0.5) + 0.01 * torch.randn(2, 3, 64, 64)
     cam, labels = torch.zeros(2, 4, 64, 64), torch.tensor([[0, 0, 1.0, 0], [1.0, 0, 0, 1]])
@@ -390,15 +397,19 @@ def test_pseudo_label():
     cam[0, 1] = 1.0  # an absent class, whatever its score, is never chosen
     cam[1, 0, :, :32] = 1.0
     cam[1, 3, :, 32:] = 1.0
-    got = refine.pseudo_label(images, cam, labels)
+    got = pseudo_label(images, cam, labels)
     assert set(got[0, :, :24].unique().tolist()) == {0} and set(got[0, :, 40:].unique().tolist()) == {3}
     assert set(got[1, :, :24].unique().tolist()) == {1} and set(got[1, :, 40:].unique().tolist()) == {4}
-    band = refine.pseudo_label(images, cam * 0.45, labels)
+    band = pseudo_label(images, cam * 0.45, labels)
     assert set(band[0, :, 40:].unique().tolist()) == {255}  # above the low score, below the high one
-    assert 255 not in refine.pseudo_label(images, cam * 0.45, labels, 0.4, 0.4)
+    assert 255 not in pseudo_label(images, cam * 0.45, labels, 0.4, 0.4)
+    raw = pseudo_label(images, F.pad(cam[..., 1:-1, 1:-1], [1] * 4), labels, 0.5, 0.5, 0)  # no PAR: what the CAM says, at half size
+    assert torch.equal(raw[0, 4:-4, 36:-4], torch.full((56, 24), 3)) and torch.equal(raw[0, :, :28], torch.zeros(64, 28).long())
+    with pytest.raises(ValueError, match="PAR with -1 iterations"):
+        pseudo_label(images, cam, labels, 0.35, 0.55, -1)
     with pytest.raises(ValueError, match="low <= high"):
-        refine.pseudo_label(images, cam, labels, 0.6, 0.5)
-    single = refine.pseudo_label(images[:1], cam[:1], labels[:1])
+        pseudo_label(images, cam, labels, 0.6, 0.5)
+    single = pseudo_label(images[:1], cam[:1], labels[:1])
     assert torch.equal(single, got[:1])  # the other image's number of classes does not matter
     pixels = (images[1] * 255).to(torch.uint8)
     alone = refine.pseudo_mask(pixels, [0, 3], cam[1, [0, 3]], 0.35, 0.55)
@@ -415,6 +426,20 @@ def test_seed_cams():
     one, other = (refine.seed_cams(model, p, [1], {"s": (0, 1)})["s"] for p in (square, square.flip(-1)))
     torch.testing.assert_close(one, other.flip(-1), atol=1e-4, rtol=1e-3)  # both views are seen
     assert refine.parse_layers("0-2,5", 6) == (0, 1, 2, 5) and refine.parse_layers("none", 6) == ()
+    assert refine.parse_layers("entropy", 6) == "entropy"
+    seen = []
+    weighted = refine.seed_cams(model, square, [1], {"s": "entropy", "all": tuple(range(6))}, observe=seen.append)
+    out, both = seen[0], 0
+    for view, turn in ((0, lambda x: x), (1, lambda x: x.flip(-1))):  # by hand: every layer times 1 - e, e of this view
+        entropy = aream.layer_entropy(out.cam[view:view + 1], [a[view:view + 1] for a in out.affinity], torch.tensor([[0, 1.0, 0]]))[0]
+        w = 1 - (entropy - entropy.min()) / (entropy.max() - entropy.min())
+        mean = sum(w[l] * out.affinity[l][view, 3:, 3:] for l in range(6))
+        attended = aream.class_attended_cam(out.cam, out.affinity)[view, 1].flatten()
+        refined = (mean / mean.sum(-1, keepdim=True) @ attended).view(1, 1, 8, 8)
+        both = both + turn(F.interpolate(refined, size=(64, 64), mode="bilinear"))
+    both = F.interpolate(both, size=(16, 16), mode="bilinear")
+    torch.testing.assert_close(weighted["s"], aream.normalise_cam(both, torch.ones(1, 1))[0], atol=1e-4, rtol=1e-3)  # a small range, stretched
+    assert not torch.equal(weighted["s"], weighted["all"])
     with pytest.raises(ValueError, match="--layers '3-9'"):
         refine.parse_layers("3-9", 6)
 
@@ -549,6 +574,10 @@ def test_coco(tmp_path):
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="annotation 0 has the unknown category 12"):
         data.open_data("COCO2014", tmp_path, "train")
+    record["annotations"][0].update(category_id=1, segmentation=[["x"] * 6])
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="instances_train2014.json: an object of COCO_train2014_000000000000 has no readable outline"):
+        data.open_data("COCO2014", tmp_path, "train").mask(train.ids[0])
     path.write_text("{")
     with pytest.raises(ValueError, match="instances_train2014.json is not readable JSON"):
         data.open_data("COCO2014", tmp_path, "train")
@@ -569,6 +598,33 @@ def compress_rle(counts):
             if not more:
                 break
     return text
+
+
+def test_outlines():
+    box = data.draw_object([[10, 10, 40, 10, 40, 30, 10, 30]], 40, 48)
+    assert box.sum() == 600 and box[10:30, 10:40].all()  # pixel centres inside, no edge too many
+    assert data.draw_object([[0, 0, 48, 0, 48, 40, 0, 40]], 40, 48).all()
+    both = data.draw_object([[0, 0, 8, 0, 8, 8, 0, 8], [4, 4, 12, 4, 12, 12, 4, 12], [1, 1, 2, 2]], 40, 48)
+    assert both.sum() == 64 + 64 - 16  # parts add up; two points are no outline
+    triangle = data.draw_object([[0, 0, 40, 0, 0, 40]], 40, 48)
+    assert abs(triangle.sum() - 800) < 40
+    for broken in ([[1, 2, 3, 4, 5, 6, 7]], [["a"] * 6], [[float("nan")] * 6]):
+        with pytest.raises(ValueError):
+            data.draw_object(broken, 40, 48)
+
+
+def test_masks_are_cached_in_parallel_and_go_on(tmp_path):
+    make_coco(tmp_path)
+    one, two = (data.open_data("COCO2014", tmp_path, "train", cache=tmp_path / n) for n in ("one", "two"))
+    expected = {name: one.rasterise(name) for name in one.ids}
+    one.cache_masks(0)
+    two.mask(two.ids[1])  # as if interrupted
+    kept = (tmp_path / "two" / "train" / f"{two.ids[1]}.png").stat().st_mtime_ns
+    two.cache_masks(2)
+    assert (tmp_path / "two" / "train" / f"{two.ids[1]}.png").stat().st_mtime_ns == kept
+    for dataset in (one, two):
+        assert len(list(Path(dataset.cache).rglob("*"))) == 1 + len(one.ids)
+        assert all(np.array_equal(dataset.mask(name), mask) for name, mask in expected.items())
 
 
 def test_run_lengths():
@@ -853,6 +909,29 @@ def test_batched_par_equals_one_image_at_a_time():
     torch.testing.assert_close(got, torch.stack([naive_batch_par(i, s) for i, s in zip(images, score)]), atol=1e-5, rtol=1e-5)
 
 
+class LargestTensor(TorchDispatchMode):
+    """Remembers the numbers of elements that operations put out, the most of them."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))])
+        return out
+
+
+def test_the_label_steps_memory_depends_on_the_classes_present_alone():
+    args, largest = train_cls.parse_args([]), {}
+    for C in (4, 80):
+        labels = torch.zeros(2, C)
+        labels[0, :2] = labels[1, 3] = 1
+        out = vit.ViTOutput(None, None, torch.rand(4, C, 4, 4), rand_affinity(4, C + 16))
+        with LargestTensor() as counter:
+            train_cls.make_labels(out, torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), labels, range(3), args)
+        largest[C] = counter.elements
+    assert largest[4] == largest[80] > 2 * 80 * 8
+
+
 def test_flops_against_torchs_counter():
     model = vit.build("toy", 6, depth=3).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -894,7 +973,7 @@ def test_four_stages_on_toy(tmp_path, capsys):
     records = data.read_json(out / "results.json", "")
     assert [r["what"] for r in records] == ["layers", "cam", "pseudo", "pred"]
     assert all(0 <= r[k] <= 100 for r, k in zip(records[1:], ("fixed", "labelled", "miou"))) and len(records[1]["curve"]) == 101
-    assert set(records[0]["table"]) == {"patch map alone", "unrefined", "all layers", "shallow layers", "deep layers", "layer 0", "layer 1", "layer 2"}
+    assert set(records[0]["table"]) == {"patch map alone", "unrefined", "all layers", "shallow layers", "deep layers", "all, weighted", "layer 0", "layer 1", "layer 2"}
     names = [f"toy_train_{i:04d}" for i in range(16)]
     assert sorted(p.stem for p in (out / "cam").glob("*.npz")) == sorted(p.stem for p in (out / "pseudo").glob("*.png")) == names
     assert len(list((out / "pred" / "val").glob("*.png"))) == 16
@@ -936,12 +1015,21 @@ def test_study_gathers_runs_and_prints_their_table(tmp_path, capsys):
             train(tmp_path / "s" / row / one, "--seed", one, limit=8)
             evaluate.main([*TINY, "--what", "layers", "--out", str(tmp_path / "s" / row / one), "--limit", "2"])
     records = tmp_path / "results" / "toy.json"
+    out = tmp_path / "s" / "1.entropy" / "0"  # its masks and its DeepLab are scored too
+    refine.main([*TINY, "--out", str(out), "--limit", "8"])
+    evaluate.main([*TINY, "--what", "pseudo", "--out", str(out), "--limit", "8"])
+    train_seg.main([*TINY, "--out", str(out), "--limit", "8", "--batch", "4", "--epochs", "1"])
+    evaluate.main([*TINY, "--what", "pred", "--out", str(out), "--limit", "8"])
+    scored = {r["what"]: r for r in data.read_json(out / "results.json", "")}
+    capsys.readouterr()
     evaluate.main(["--what", "study", "--out", str(tmp_path / "s"), "--records", str(records)])
-    table = capsys.readouterr().out.splitlines()[-4:]
+    table = capsys.readouterr().out.splitlines()
+    assert table[-1] == (f"| 1.entropy | 1 | {scored['pseudo']['labelled']:.1f} | {scored['pseudo']['all']:.1f} | "
+                         f"{scored['pseudo']['undecided']:.1f} | {scored['pred']['miou']:.1f} |")
     values = [r["table"]["all layers"]["fixed"] for r in data.read_json(records, "") if r["row"] == "1.none"]
     assert len(values) == 2 and table[3].startswith("| 1.none | 2 |") and f"| {sum(values) / 2:.1f} ± " in table[3]
     assert table[2].startswith("| 1.entropy | 1 |") and "±" not in table[2]
-    evaluate.main(["--what", "study", "--out", str(tmp_path / "gone"), "--records", str(records)])
+    evaluate.main(["--what", "study", "--out", str(tmp_path / "gone"), "--records", str(records)])  # the table alone
     assert capsys.readouterr().out.splitlines() == table
     with pytest.raises(FileNotFoundError, match="make study-toy"):
         evaluate.main(["--what", "study", "--out", str(tmp_path / "gone"), "--records", str(tmp_path / "none.json")])
@@ -1024,6 +1112,46 @@ def test_same_seed_same_files(tmp_path):
     torch.use_deterministic_algorithms(False)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def run_on_a_full_disk(run, arguments, room):
+    """In a process whose files may not grow beyond room bytes, which fails as a full disk does; reports its error."""
+    import resource  # not on Windows
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    try:
+        run(arguments)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        sys.exit(7)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_full_disk_loses_nothing(tmp_path, capfd):
+    """Each stage fails with a message that names the file, leaves what was there and no half of a file, and goes on."""
+    fork = multiprocessing.get_context("fork")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train(whole, epochs=3)
+    train(out, epochs=3)
+    shutil.copy(out / "cls" / "warmup.pt", out / "cls" / "last.pt")  # as if it had been stopped after the first epoch
+    old = (out / "cls" / "last.pt").read_bytes()
+    common = [*TINY, "--out", str(out), "--limit", "16", "--resume"]
+    classify = [*common, "--batch", "8", "--epochs", "3", "--warmup-epochs", "1", "--depth", "3", "--deep-from", "1"]
+    for run, arguments, room, failed in (
+            (train_cls.main, classify, len(old) // 2, "last.pt"), (refine.main, common, 300, "npz"),
+            (train_seg.main, [*common, "--batch", "8", "--epochs", "1"], len(old) // 2, "last.pt")):
+        process = fork.Process(target=run_on_a_full_disk, args=(run, arguments, room))
+        process.start()
+        process.join()
+        message = capfd.readouterr().err
+        assert process.exitcode == 7 and f"{failed} could not be written" in message and "go on with --resume" in message, message
+        assert not list(out.rglob(".*.tmp")) and (out / "cls" / "last.pt").is_file()
+        if run is train_cls.main:
+            assert (out / "cls" / "last.pt").read_bytes() == old
+        run(arguments)  # there is room again
+    first, second = (data.read_checkpoint(folder / "cls" / "last.pt", "cls") for folder in (whole, out))
+    assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
+    assert len(list((out / "pseudo").glob("*.png"))) == 16 and len(list((out / "pred" / "val").glob("*.png"))) == 16
 
 
 @slow
@@ -1257,6 +1385,11 @@ def test_real_coco_areas():
         mask = dataset.mask(name)
         assert mask.shape == dataset.image(name).size[::-1]
         assert set(np.unique(mask).tolist()) - {0} <= {data.mask_value(c) for c in dataset.labels(name)}
+    objects = [(area, data.draw_object(outline, *dataset._size[n]).sum())
+               for n in dataset.ids for area, _, outline in dataset._objects[n] if area >= 1000]
+    area, pixels = np.array(objects).T
+    # the JSON's area is signed: outlines that cross themselves have less of it than pixels
+    assert (abs(pixels / area - 1) < 0.03).mean() > 0.9 and (pixels / area).min() > 0.98
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1327,7 +1460,7 @@ def speed_table(folder):
     labels[torch.arange(16), torch.arange(16)] = labels[::2, 3] = 1
     images, cam = torch.rand(16, 3, 224, 224), torch.rand(16, 20, 112, 112) * labels[..., None, None]
     slow, fast = compare(lambda: [naive_pseudo_label(*one) for one in zip(images, cam, labels)],
-                         lambda: refine.pseudo_label(images, cam, labels))
+                         lambda: pseudo_label(images, cam, labels))
     row("PAR of a batch, both thresholds", f"{slow:.2f} s", f"{fast:.2f} s", f"{slow / fast:.1f}x faster")
     model, pixels = vit.build("deit_tiny", 20).eval(), torch.randint(0, 256, (3, 240, 320), dtype=torch.uint8)
 

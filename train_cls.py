@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import aream
 import data
 import model as vit
-from refine import pseudo_label
+from refine import present_classes, pseudo_label
 
 PAPER = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto",
              deep_from=7, affinity_weight=0.1, drop_path=0.1, lr=None)
@@ -98,10 +98,12 @@ def make_labels(out, pixels, labels, guide, args, entropy=None, mark=data.no_mar
     cam = aream.guided_cam(out.cam, out.affinity, w.repeat(V, 1), guide)  # (V * B, C, gh, gw)
     if V == 2:
         cam = cam[:B] + cam[B:].flip(-1)
+    class_ids, present = present_classes(labels)
+    cam = cam[torch.arange(B, device=cam.device)[:, None], class_ids]  # (B, K, gh, gw): from here on no absent class
     size = [side // 2 for side in pixels.shape[-2:]]  # PAR works at half size
-    cam = aream.normalise_cam(F.interpolate(cam, size=size, mode="bilinear", align_corners=False), labels)
+    cam = aream.normalise_cam(F.interpolate(cam, size=size, mode="bilinear", align_corners=False), present)
     mark("label CAM")
-    mask = pseudo_label(pixels.float() / 255, cam, labels, args.low, args.high)
+    mask = pseudo_label(pixels.float() / 255, cam, class_ids, present, args.low, args.high)
     label = aream.affinity_label(mask, out.cam.shape[-2:])
     mark("PAR")
     return label, w_hat, mask
