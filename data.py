@@ -724,6 +724,11 @@ def read_checkpoint(path, stage, data=None, classes=None):
     return state
 
 
+def fingerprint(path):
+    """What a file's content is recognised by in args.json: the first 16 digits of its SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Profiling
 # ---------------------------------------------------------------------------------------------------------------------
@@ -873,8 +878,8 @@ def same_data(args):
 def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "cache_gb", "profile")):
     """Make a stage's folder and its args.json.
 
-    A folder in use needs --resume (same settings, else ValueError) or --overwrite (its files are deleted). Of several
-    processes one does it and the others wait.
+    A folder in use needs --resume (same settings, and the same classifier where one is used, else ValueError) or
+    --overwrite (its files are deleted). Of several processes one does it and the others wait.
     """
     if rank():
         return wait_for_all()
@@ -884,8 +889,8 @@ def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers
     if used and args.resume and (folder / "args.json").is_file():
         before = read_json(folder / "args.json", "delete the folder to start again")
         if changed := [k for k in settings if before.get(k) != settings[k]]:
-            raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was "
-                             f"{before.get(changed[0])!r}, now {settings[changed[0]]!r}; repeat the settings or use another --out")
+            raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was {before.get(changed[0])!r}, "
+                             f"now {settings[changed[0]]!r}; repeat the settings, start again with --overwrite, or use another --out")
         for half_written in folder.glob(".*.tmp"):  # by a process that was killed
             half_written.unlink()
     elif used and args.overwrite:

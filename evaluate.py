@@ -2,7 +2,7 @@
 
 Reads  ground truth (nothing else does) and what --what names: <out>/cam, <out>/pseudo, <out>/pred/<split>, or, for
        layers, <out>/cls/last.pt.
-Writes a record to <out>/results.json; layers also <out>/layers.json and layers.png, demo <out>/demo.png.
+Writes a record to <out>/results.json; layers also <out>/layers.json and layers.png, demo <out>/demo.png, --worst worst.png.
 Run    python evaluate.py --data VOC2012 --what pred --split val
 Expect on 1 CPU thread, --what layers, DeiT-Tiny, VOC at 320 px, one scale: 3.7 images/s (2026-11-22).
 """
@@ -114,10 +114,10 @@ def target_of(dataset, name, size=None):
 
 
 def evaluate_masks(dataset, folder, command, pseudo=False):
-    """Confusion (M, M) of the PNGs of a folder, and the pixels left unlabelled per target class (M,)."""
+    """Confusion (M, M) of the PNGs of a folder, the pixels left unlabelled per target class (M,), mIoU of each image."""
     M = len(dataset.classes) + 1
     need_files(folder, dataset.ids, ".png", command)
-    confusion, unlabelled = torch.zeros(M, M, dtype=torch.int64), torch.zeros(M, dtype=torch.int64)
+    confusion, unlabelled, single = torch.zeros(M, M, dtype=torch.int64), torch.zeros(M, dtype=torch.int64), {}
     for name in dataset.ids:
         mask = torch.from_numpy(data.read_mask(folder / f"{name}.png"))
         target = target_of(dataset, name, mask.shape)
@@ -127,10 +127,21 @@ def evaluate_masks(dataset, folder, command, pseudo=False):
             target = target.masked_fill(undecided, data.IGNORE)
             mask = mask.masked_fill(mask == data.IGNORE, 0)
         try:
-            confusion += confusion_matrix(mask, target, M)
+            own = confusion_matrix(mask, target, M)
         except ValueError as error:
             raise ValueError(f"{folder / name}.png: {error}") from error
-    return confusion, unlabelled
+        confusion += own
+        single[name] = scores(own)["miou"]
+    return confusion, unlabelled, single
+
+
+def draw_worst(dataset, folder, single, count, path):
+    """The count images of the lowest mIoU (single: name -> mIoU): photo, mask of the folder, ground truth."""
+    worst = sorted((score, name) for name, score in single.items() if score == score)[:count]
+    rows = [[np.asarray(dataset.image(name)), refine.paint(data.read_mask(folder / f"{name}.png")), refine.paint(dataset.mask(name))]
+            for _, name in worst]
+    refine.contact_sheet(path, ["photo", "mask", "ground truth"], rows)
+    print(f"{path}: the worst are {', '.join(f'{name} ({100 * score:.0f})' for score, name in worst)}")
 
 
 def evaluate_cams(dataset, folder, command):
@@ -387,6 +398,7 @@ def parse_args(argv=None):
     add("--split", help="default: val for pred, else train")
     add("--before", type=Path, metavar="OUT", help="the --out of the plain classifier: for --what demo, and to draw its layers beside these")
     add("--records", type=Path, metavar="JSON", help="for --what study: gather the runs under --out in this file, and print it")
+    add("--worst", type=int, default=0, metavar="N", help="for --what pseudo and pred: also draw the N worst images, <out>/worst.png")
     add("--deep-from", type=int, help="for --what layers: first deep layer (default: the checkpoint's)")
     args = parser.parse_args(argv)
     args.split = args.split or ("val" if args.what == "pred" else "train")
@@ -435,7 +447,8 @@ def main(argv=None):
               f"{record['best_threshold']:.2f}, chosen with pixel labels")
         print_classes(dataset, scores(curve(counts)[FIXED]))
     elif args.what == "pseudo":
-        confusion, unlabelled = evaluate_masks(dataset, args.out / "pseudo", f"python refine.py {again}", pseudo=True)
+        masks = args.out / "pseudo"
+        confusion, unlabelled, single = evaluate_masks(dataset, masks, f"python refine.py {again}", pseudo=True)
         result = scores(confusion)
         record["labelled"], record["all"] = 100 * result["miou"], 100 * scores(confusion, unlabelled)["miou"]
         record["undecided"] = 100 * (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
@@ -443,13 +456,16 @@ def main(argv=None):
               f"({record['undecided']:.1f} % undecided)")
         print_classes(dataset, result)
     else:
-        confusion, _ = evaluate_masks(dataset, args.out / "pred" / args.split,
-                                      f"python train_seg.py {data.same_data(args)} --predict-split {args.split} --out {args.out} "
-                                      f"(after training: with --resume and its other settings)")
+        masks = args.out / "pred" / args.split
+        confusion, _, single = evaluate_masks(
+            dataset, masks, f"python train_seg.py {data.same_data(args)} --predict-split {args.split} --out {args.out} "
+                            f"(after training: with --resume and its other settings)")
         result = scores(confusion)
         record["miou"] = 100 * result["miou"]
         print(f"{title}: mIoU {record['miou']:.1f}")
         print_classes(dataset, result)
+    if args.worst and args.what in ("pseudo", "pred"):
+        draw_worst(dataset, masks, single, args.worst, args.out / "worst.png")
     data.append_result(args.out, {**record, "seconds": round(time.time() - begin, 1)})
 
 

@@ -320,6 +320,7 @@ def main(argv=None):
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     if args.profile:
         return profile(model, dataset, variants, args, device)
+    args.classifier = data.fingerprint(args.out / "cls" / "last.pt")  # --resume must not mix the CAMs of two
     cams, masks = args.out / "cam", args.out / "pseudo"
     for folder in (cams, masks):
         data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "pictures", "profile"))

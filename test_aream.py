@@ -964,7 +964,8 @@ def test_four_stages_on_toy(tmp_path, capsys):
     assert all(0 <= value <= 1 for value in (*state["distance"], *state["top"]))
     refine.main([*common, "--pictures", "2"])
     evaluate.main([*common, "--what", "cam"])
-    evaluate.main([*common, "--what", "pseudo"])
+    evaluate.main([*common, "--what", "pseudo", "--worst", "2"])
+    assert Image.open(out / "worst.png").size[0] == 3 * 160
     train_seg.main([*common, "--batch", "4", "--epochs", "1"])
     evaluate.main([*common, "--what", "pred"])
     evaluate.main([*TINY, "--out", str(out), "--what", "demo", "--before", str(before), "--limit", "16"])
@@ -975,6 +976,14 @@ def test_four_stages_on_toy(tmp_path, capsys):
     assert all(0 <= r[k] <= 100 for r, k in zip(records[1:], ("fixed", "labelled", "miou"))) and len(records[1]["curve"]) == 101
     assert set(records[0]["table"]) == {"patch map alone", "unrefined", "all layers", "shallow layers", "deep layers", "all, weighted", "layer 0", "layer 1", "layer 2"}
     names = [f"toy_train_{i:04d}" for i in range(16)]
+
+    def own_miou(name):
+        mask, target = data.read_mask(out / "pseudo" / f"{name}.png"), data.draw_toy(name)[1].copy()
+        target[mask == 255] = 255
+        return evaluate.scores(evaluate.confusion_matrix(np.where(mask == 255, 0, mask), target, 7))["miou"]
+
+    worst = min(names, key=own_miou)
+    assert f"the worst are {worst} ({100 * own_miou(worst):.0f}), " in printed
     assert sorted(p.stem for p in (out / "cam").glob("*.npz")) == sorted(p.stem for p in (out / "pseudo").glob("*.png")) == names
     assert len(list((out / "pred" / "val").glob("*.png"))) == 16
     assert Image.open(out / "demo.png").size[0] == 7 * 132 and (out / "refine.png").is_file()
@@ -990,6 +999,11 @@ def test_four_stages_on_toy(tmp_path, capsys):
     assert gone.read_bytes() == before_bytes and kept.stat().st_mtime_ns == before_time
     with pytest.raises(ValueError, match="--resume in .*cam with another --steps"):
         refine.main([*common, "--resume", "--steps", "3"])
+    checkpoint = (out / "cls" / "last.pt").read_bytes()
+    shutil.copy(before / "cls" / "last.pt", out / "cls" / "last.pt")
+    with pytest.raises(ValueError, match="--resume in .*cam with another --classifier"):
+        refine.main([*common, "--resume"])
+    (out / "cls" / "last.pt").write_bytes(checkpoint)
     # a missing prediction is an error, not a perfect score
     (out / "pred" / "val" / "toy_val_0003.png").unlink()
     with pytest.raises(FileNotFoundError, match="1 of 16 files are missing .*toy_val_0003.*python train_seg.py"):
@@ -1135,6 +1149,7 @@ def test_a_full_disk_loses_nothing(tmp_path, capfd):
     train(out, epochs=3)
     shutil.copy(out / "cls" / "warmup.pt", out / "cls" / "last.pt")  # as if it had been stopped after the first epoch
     old = (out / "cls" / "last.pt").read_bytes()
+    data.write_mask(out / "pred" / "val" / "stale.png", np.zeros((4, 4)))  # of an earlier model
     common = [*TINY, "--out", str(out), "--limit", "16", "--resume"]
     classify = [*common, "--batch", "8", "--epochs", "3", "--warmup-epochs", "1", "--depth", "3", "--deep-from", "1"]
     for run, arguments, room, failed in (
@@ -1151,7 +1166,7 @@ def test_a_full_disk_loses_nothing(tmp_path, capfd):
         run(arguments)  # there is room again
     first, second = (data.read_checkpoint(folder / "cls" / "last.pt", "cls") for folder in (whole, out))
     assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
-    assert len(list((out / "pseudo").glob("*.png"))) == 16 and len(list((out / "pred" / "val").glob("*.png"))) == 16
+    assert len(list((out / "pseudo").glob("*.png"))) == 16 and {p.name[:8] for p in (out / "pred" / "val").iterdir()} == {"toy_val_"}
 
 
 @slow
