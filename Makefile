@@ -22,14 +22,14 @@ test: .venv/ready
 
 # The study. $(call row,folder,settings of train_cls.py,settings of evaluate.py) makes <folder>/<seed> for every seed, @
 # standing for the seed, and skips what is there: run it again to go on. One thread: rounding then is the same anywhere.
-row = $(foreach s,$(SEEDS),test -f $(1)/$(s)/layers.json || { $(PY) train_cls.py $(subst @,$(s),$(2)) --seed $(s) --out $(1)/$(s) --overwrite && $(PY) evaluate.py --what layers $(3) --out $(1)/$(s); } &&) true
+row = $(foreach s,$(SEEDS),{ test -f $(1)/$(s)/layers.json || { $(PY) train_cls.py $(subst @,$(s),$(2)) --seed $(s) --out $(1)/$(s) --resume && $(PY) evaluate.py --what layers $(3) --out $(1)/$(s); }; } &&) true
 # $(call score,folder,folder of the run,settings of evaluate.py): another way to refine with the same classifier
-score = $(foreach s,$(SEEDS),test -f $(1)/$(s)/layers.json || { mkdir -p $(1)/$(s) && cp -r $(2)/$(s)/cls $(1)/$(s) && $(PY) evaluate.py --what layers $(3) --out $(1)/$(s); } &&) true
+score = $(foreach s,$(SEEDS),{ test -f $(1)/$(s)/layers.json || { mkdir -p $(1)/$(s) && cp -r $(2)/$(s)/cls $(1)/$(s) && $(PY) evaluate.py --what layers $(3) --out $(1)/$(s); }; } &&) true
 # $(call masks,folder,folder of the run,settings of refine.py,of evaluate.py): pseudo-masks of a classifier
 # $(call deeplab,...,settings of train_seg.py): and a DeepLab trained on them
-with = mkdir -p $(1)/$(s) && cp -r $(2)/$(s)/cls $(1)/$(s) && $(PY) refine.py $(3) --out $(1)/$(s) --overwrite && $(PY) evaluate.py --what pseudo $(4) --out $(1)/$(s)
-masks = $(foreach s,$(SEEDS),test -f $(1)/$(s)/results.json || { $(with); } &&) true
-deeplab = $(foreach s,$(SEEDS),grep -qs '"pred"' $(1)/$(s)/results.json || { $(with) && $(PY) train_seg.py $(5) --seed $(s) --out $(1)/$(s) --overwrite && $(PY) evaluate.py --what pred $(subst --split train,,$(4)) --out $(1)/$(s); } &&) true
+with = mkdir -p $(1)/$(s) && cp -r $(2)/$(s)/cls $(1)/$(s) && $(PY) refine.py $(3) --out $(1)/$(s) --resume && $(PY) evaluate.py --what pseudo $(4) --out $(1)/$(s)
+masks = $(foreach s,$(SEEDS),{ test -f $(1)/$(s)/results.json || { $(with); }; } &&) true
+deeplab = $(foreach s,$(SEEDS),{ grep -qs '"pred"' $(1)/$(s)/results.json || { $(with) && $(PY) train_seg.py $(5) --seed $(s) --out $(1)/$(s) --resume && $(PY) evaluate.py --what pred $(subst --split train,,$(4)) --out $(1)/$(s); }; } &&) true
 
 T := runs/study-toy
 TOY := --data toy --branch-from $T/1.none/@/cls/warmup.pt
@@ -69,6 +69,7 @@ THREADS ?= 1
 DEIT_TINY ?= auto
 VOC := --data VOC2012 --data-root $(VOC_ROOT) --split train --preset deit_tiny --batch 16
 VOCB := $(VOC) --lr 1.3e-3 --epochs 12 --warmup-epochs 10 --affinity-weight 0.5 --coupling split --branch-from $V/0.warm-up/@/cls/last.pt
+THREE := --lr 7e-4 --epochs 13
 VOCE := --data VOC2012 --data-root $(VOC_ROOT) --split train --limit 400
 VOCS := $(VOCE) --scales 1
 VOCF := --data VOC2012 --data-root $(VOC_ROOT) --split train --limit 500
@@ -77,9 +78,12 @@ VOCD := $(VOCM) --arch deeplabv3_vit --size 224 --epochs 5
 study-voc: export OMP_NUM_THREADS = $(THREADS)
 study-voc: .venv/ready
 	$(call row,$V/0.warm-up,$(VOC) --lr 3e-4 --epochs 10 --reactivation none --pretrained $(DEIT_TINY),$(VOCS))
-	$(call row,$V/1.none,$(VOCB) --reactivation none,$(VOCS))
-	$(call row,$V/1.uniform,$(VOCB) --reactivation uniform,$(VOCS))
-	$(call row,$V/1.entropy,$(VOCB),$(VOCS))
+	$(call row,$V/1.none,$(VOCB) $(THREE) --reactivation none,$(VOCS))
+	$(call row,$V/1.uniform,$(VOCB) $(THREE) --reactivation uniform,$(VOCS))
+	$(call row,$V/1.entropy,$(VOCB) $(THREE),$(VOCS))
+	$(call row,$V/2.none,$(VOCB) --reactivation none,$(VOCS))
+	$(call row,$V/2.uniform,$(VOCB) --reactivation uniform,$(VOCS))
+	$(call row,$V/2.entropy,$(VOCB),$(VOCS))
 	$(call row,$V/2.entropy-all,$(VOCB) --coupling all,$(VOCS))
 	$(call row,$V/2.entropy-static,$(VOCB) --entropy static,$(VOCS))
 	$(call row,$V/3.weight-0.1,$(VOCB) --affinity-weight 0.1,$(VOCS))

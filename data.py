@@ -174,8 +174,9 @@ class COCO2014:
 
     def cache_masks(self, workers):
         """Rasterise every mask that is not cached yet, in worker processes; an interrupted call goes on where it was."""
-        missing = [name for name in self.ids if not (Path(self.cache) / self.split / f"{name}.png").is_file()]
-        made = 0
+        missing, made = [n for n in self.ids if not (Path(self.cache) / self.split / f"{n}.png").is_file()], 0
+        if not missing:
+            return
         for count in DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all):
             made += count
             progress(f"{made}/{len(missing)} masks rasterised")
@@ -202,7 +203,8 @@ class COCO2014:
 def draw_object(segmentation, H, W):
     """The pixels (H, W) bool of a COCO segmentation: a list of polygons, or run lengths (crowds).
 
-    A polygon has the pixels whose centre is inside. Pillow fills its edge too, so it is drawn four times as large.
+    A polygon has the pixels whose centre is inside. Pillow truncates corners and fills the edge, so it is drawn four times as
+    large, which leaves an eighth of a pixel too much.
     """
     if isinstance(segmentation, dict):
         return decode_rle(segmentation, H, W).astype(bool)
@@ -215,7 +217,7 @@ def draw_object(segmentation, H, W):
         (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
         fine = Image.new("L", (4 * int(right - left), 4 * int(bottom - top)))
         for polygon in polygons:
-            ImageDraw.Draw(fine).polygon([tuple(xy) for xy in 4 * (polygon - (left, top)) - 0.5], fill=1)
+            ImageDraw.Draw(fine).polygon([tuple(xy) for xy in 4 * (polygon - (left, top)) + 0.5], fill=1)
         mask[top:bottom, left:right] = np.asarray(fine)[2::4, 2::4]
     return mask
 
@@ -345,7 +347,9 @@ def read_text(path):
 
 def open_split(args, split, cache=None):
     """open_data with the command line's settings."""
-    return open_data(args.data, args.data_root, split, args.limit, cache, args.classes)
+    dataset = open_data(args.data, args.data_root, split, args.limit, cache, args.classes)
+    dataset.options = same_data(args)
+    return dataset
 
 
 def open_data(data, root, split, limit=None, cache=None, classes=None):
@@ -586,14 +590,14 @@ def replacing(path):
     Raises OSError if the block does (a full disk): then path is what it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error}): free some space or choose another --out, then go on with "
-                      f"--resume; nothing that was there is lost") from error
+        raise OSError(f"{path} could not be written ({error}): what was there is unchanged; make room, or allow writing there, "
+                      f"and give the same command again, a stage with --resume") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -701,14 +705,15 @@ def write_checkpoint(path, state):
         os.fsync(file.fileno())  # on the disk before it takes the old one's place
 
 
-def read_checkpoint(path, stage, data=None, classes=None):
-    """A checkpoint of stage ("cls" or "seg"), on the CPU. data: name of the data set it must be of; classes: its classes.
+def read_checkpoint(path, stage, data=None, classes=None, options=None):
+    """A checkpoint of stage ("cls" or "seg"), on the CPU.
 
+    data: name of the data set it must be of; classes: its classes; options: same_data of the command line, for messages.
     Raises FileNotFoundError with the command that makes it; ValueError if unreadable or of something else.
     """
-    command = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage]
+    command, options = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage], options or f"--data {data or 'VOC2012'}"
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: make it with  python {command} --data {data or 'VOC2012'} "
+        raise FileNotFoundError(f"no checkpoint {path}: make it with  python {command} {options} "
                                 f"--out {Path(path).parent.parent}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -888,9 +893,11 @@ def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers
     used = folder.is_dir() and any(folder.iterdir())
     if used and args.resume and (folder / "args.json").is_file():
         before = read_json(folder / "args.json", "delete the folder to start again")
+        if before.get("classifier") != settings.get("classifier"):
+            raise ValueError(f"--resume in {folder}, but the classifier is another one since: start again with --overwrite")
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was {before.get(changed[0])!r}, "
-                             f"now {settings[changed[0]]!r}; repeat the settings, start again with --overwrite, or use another --out")
+                             f"now {settings[changed[0]]!r}; repeat the settings or use another --out")
         for half_written in folder.glob(".*.tmp"):  # by a process that was killed
             half_written.unlink()
     elif used and args.overwrite:

@@ -340,10 +340,10 @@ def demo(args, device):
 def study(folder, path):
     """Gather what the runs <folder>/<row>/<seed> were scored with into the records file path, and print it in Markdown.
 
-    Without the folder only the tables are printed, from the records. Rows are sorted by name; mean and standard deviation
+    Without a folder (None) only the tables are printed, from the records. Rows are sorted by name; mean and standard deviation
     over seeds, in percent. Seeds: at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
     """
-    if folder.is_dir():
+    if folder and folder.is_dir():
         records = []
         for run in sorted({f.parent for kind in ("layers", "results") for f in folder.glob(f"*/*/{kind}.json")}):
             settings = data.read_json(run / "cls" / "args.json", "repeat the study")
@@ -354,7 +354,7 @@ def study(folder, path):
                 record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
             if (run / "pseudo" / "args.json").is_file():
                 record["refine"] = data.read_json(run / "pseudo" / "args.json", "repeat the study")
-            for result in data.read_json(run / "results.json", "repeat the study"):
+            for result in data.read_json(run / "results.json", f"delete {run / 'layers.json'} and repeat the study"):
                 if result["what"] in ("pseudo", "pred"):
                     record[result["what"]] = result
             records.append(record)
@@ -375,6 +375,8 @@ def study(folder, path):
         return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
     def seed_cell(runs, column):
+        if not all(column in r["table"] for r in runs):  # scored by an older version
+            return ""
         runs = [r["table"][column] for r in runs]
         return f"{spread([r['fixed'] for r in runs])} ({np.mean([r['best'] for r in runs]):.1f})"
 
@@ -404,6 +406,8 @@ def parse_args(argv=None):
     args.split = args.split or ("val" if args.what == "pred" else "train")
     if args.what == "study" and args.records is None:
         parser.error("--what study needs --records, a file such as results/toy.json")
+    if args.worst < 0 or args.worst and args.what not in ("pseudo", "pred"):
+        parser.error(f"--worst {args.worst} --what {args.what}: draws so many images, at least one, for --what pseudo and pred")
     if args.what == "demo" and args.before is None:
         parser.error("--what demo compares two runs: name the plain one with --before OUT")
     return refine.finish_args(args)
@@ -411,10 +415,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.what == "study":
+        return study(args.out and Path(args.out), args.records)
     device = data.start(args)
     begin = time.time()
-    if args.what == "study":
-        return study(args.out, args.records)
     if args.what == "demo":
         return demo(args, device)
     dataset = data.open_split(args, args.split, args.out / "masks")
@@ -437,9 +441,7 @@ def main(argv=None):
             if len(before["state"]["entropy"]) != len(model.blocks):
                 raise ValueError(f"{args.before / 'layers.json'} is of a model with another number of layers")
             records = {label(args.before): before, **records}
-        data.write_json(args.out / "layers.json", record)
         draw_layers(args.out / "layers.png", model, dataset, records, device)
-        print(f"{args.out / 'layers.json'}, {args.out / 'layers.png'}")
     elif args.what == "cam":
         counts = evaluate_cams(dataset, args.out / "cam", f"python refine.py {again}")
         record.update(summarise(counts), curve=[round(100 * scores(c)["miou"], 2) for c in curve(counts)])
@@ -467,6 +469,9 @@ def main(argv=None):
     if args.worst and args.what in ("pseudo", "pred"):
         draw_worst(dataset, masks, single, args.worst, args.out / "worst.png")
     data.append_result(args.out, {**record, "seconds": round(time.time() - begin, 1)})
+    if args.what == "layers":  # last: a study takes the file as the sign that this run is done
+        data.write_json(args.out / "layers.json", record)
+        print(f"{args.out / 'layers.json'}, {args.out / 'layers.png'}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
         used = score.flatten(2).any(-1).any(0)
         if not used.all():
             refined = torch.zeros_like(score, dtype=torch.float32)
-            refined[:, used] = pixel_adaptive_refine(images, score[:, used], dilations, iterations)
+            if used.any():
+                refined[:, used] = pixel_adaptive_refine(images, score[:, used], dilations, iterations)
             return refined
     weights = par_kernel(images, dilations)[:, :, None].unbind(1)  # n x (B, 1, H, W)
     pad, score = [max(dilations)] * 4, score.float().clone()
@@ -179,7 +180,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
     the class-attended CAM as it is; None: the patch map without the class tokens' attention; "entropy": all layers, each
-    with the re-activation weight 1 - e that it has in this image, as in training). Every scale is seen with
+    with the re-activation weight 1 - e that it has in this view of the image). Every scale is seen with
     its mirror image, padded to whole patches and cropped. observe: called with the first scale's ViTOutput (B = 2).
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
@@ -258,7 +259,7 @@ def contact_sheet(path, titles, rows, cell=160):
 # ---------------------------------------------------------------------------------------------------------------------
 def load_classifier(path, dataset, device):
     """The stage-1 model of a checkpoint, in eval mode, and its config."""
-    state = data.read_checkpoint(path, "cls", dataset.name, dataset.classes)
+    state = data.read_checkpoint(path, "cls", dataset.name, dataset.classes, dataset.options)
     config = state["config"]
     model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"], image_size=config["size"])
     model.load_state_dict(state["model"])

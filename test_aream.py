@@ -606,6 +606,8 @@ def test_outlines():
     assert data.draw_object([[0, 0, 48, 0, 48, 40, 0, 40]], 40, 48).all()
     both = data.draw_object([[0, 0, 8, 0, 8, 8, 0, 8], [4, 4, 12, 4, 12, 12, 4, 12], [1, 1, 2, 2]], 40, 48)
     assert both.sum() == 64 + 64 - 16  # parts add up; two points are no outline
+    shifted = data.draw_object([[5.75, 7.25, 20.25, 7.25, 20.25, 19.75, 5.75, 19.75]], 40, 48)
+    assert shifted.sum() == 14 * 13 and shifted[7:20, 6:20].all()  # centres 6.5 .. 19.5, 7.5 .. 19.5
     triangle = data.draw_object([[0, 0, 40, 0, 0, 40]], 40, 48)
     assert abs(triangle.sum() - 800) < 40
     for broken in ([[1, 2, 3, 4, 5, 6, 7]], [["a"] * 6], [[float("nan")] * 6]):
@@ -1001,7 +1003,7 @@ def test_four_stages_on_toy(tmp_path, capsys):
         refine.main([*common, "--resume", "--steps", "3"])
     checkpoint = (out / "cls" / "last.pt").read_bytes()
     shutil.copy(before / "cls" / "last.pt", out / "cls" / "last.pt")
-    with pytest.raises(ValueError, match="--resume in .*cam with another --classifier"):
+    with pytest.raises(ValueError, match="--resume in .*cam, but the classifier is another one since: start again with --overwrite"):
         refine.main([*common, "--resume"])
     (out / "cls" / "last.pt").write_bytes(checkpoint)
     # a missing prediction is an error, not a perfect score
@@ -1060,6 +1062,8 @@ def test_own_data_through_all_stages(tmp_path, capsys):
         old = data.read_mask(mask)
         data.write_mask(mask, np.where(old == 8, 2, np.where(old == 15, 1, old)))
     common = ["--data", str(own), "--classes", str(classes), "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+    with pytest.raises(FileNotFoundError, match=f"make it with  python train_cls.py --data {own} --classes {classes} --out"):
+        refine.main(common)
     train_cls.main([*common, "--preset", "toy", "--pretrained", "none", "--size", "64", "--batch", "2", "--epochs", "1",
                     "--warmup-epochs", "0", "--deep-from", "2"])
     refine.main([*common, "--scales", "1"])
@@ -1159,7 +1163,7 @@ def test_a_full_disk_loses_nothing(tmp_path, capfd):
         process.start()
         process.join()
         message = capfd.readouterr().err
-        assert process.exitcode == 7 and f"{failed} could not be written" in message and "go on with --resume" in message, message
+        assert process.exitcode == 7 and f"{failed} could not be written" in message and "a stage with --resume" in message, message
         assert not list(out.rglob(".*.tmp")) and (out / "cls" / "last.pt").is_file()
         if run is train_cls.main:
             assert (out / "cls" / "last.pt").read_bytes() == old
@@ -1316,6 +1320,8 @@ def test_missing_inputs_name_the_command_that_makes_them(tmp_path):
     out = [*TINY, "--out", str(tmp_path), "--limit", "4"]
     with pytest.raises(FileNotFoundError, match="last.pt: make it with  python train_cls.py --data toy"):
         refine.main(out)
+    with pytest.raises(SystemExit):
+        evaluate.main([*out, "--what", "cam", "--worst", "3"])
     for what, command in (("cam", "refine.py"), ("pseudo", "refine.py"), ("pred", "train_seg.py")):
         with pytest.raises(FileNotFoundError, match=f"4 of 4 files are missing .*python {command} --data toy"):
             evaluate.main([*out, "--what", what])
@@ -1462,21 +1468,21 @@ def compare(slow, fast, repeats=5):
 def speed_table(folder):
     """Print what README.md shows under Speed. folder: for files, thrown away."""
     torch.set_num_threads(THREADS)
-    row = lambda what, slow, fast, ratio: print(f"| {what} | {slow} | {fast} | {ratio} |", flush=True)
-    row("DeiT-Tiny, 224 px, batch 16", "naive", "this code", "ratio")
-    row("---", "---", "---", "---")
+    row = lambda *cells: print(f"| {' | '.join(cells)} |", flush=True)
+    row("DeiT-Tiny, 224 px, batch 16", "naive", "this code", "ratio", "target")
+    row(*["---"] * 5)
     naive, plain, both, shared = (alone(kind) for kind in ("naive", "plain", "two-views", "shared"))
-    row("AReAM training step", f"{naive[0]:.2f} s", f"{both[0]:.2f} s", f"{naive[0] / both[0]:.1f}x faster")
-    row("the same with `--labels shared`", f"{naive[0]:.2f} s", f"{shared[0]:.2f} s", f"{naive[0] / shared[0]:.1f}x faster")
+    row("AReAM training step", f"{naive[0]:.2f} s", f"{both[0]:.2f} s", f"{naive[0] / both[0]:.1f}x faster", "4x")
+    row("the same with `--labels shared`", f"{naive[0]:.2f} s", f"{shared[0]:.2f} s", f"{naive[0] / shared[0]:.1f}x faster", "")
     extra = naive[1] - plain[1], both[1] - plain[1]
     row(f"its peak memory over the plain step's {plain[1]:.0f} MiB", f"{extra[0]:.0f} MiB", f"{extra[1]:.0f} MiB",
-        f"{extra[1] / extra[0]:.2f} of it")
+        f"{extra[1] / extra[0]:.2f} of it", "0.33")
     labels = torch.zeros(16, 20)
     labels[torch.arange(16), torch.arange(16)] = labels[::2, 3] = 1
     images, cam = torch.rand(16, 3, 224, 224), torch.rand(16, 20, 112, 112) * labels[..., None, None]
     slow, fast = compare(lambda: [naive_pseudo_label(*one) for one in zip(images, cam, labels)],
                          lambda: pseudo_label(images, cam, labels))
-    row("PAR of a batch, both thresholds", f"{slow:.2f} s", f"{fast:.2f} s", f"{slow / fast:.1f}x faster")
+    row("PAR of a batch, both thresholds", f"{slow:.2f} s", f"{fast:.2f} s", f"{slow / fast:.1f}x faster", "10x")
     model, pixels = vit.build("deit_tiny", 20).eval(), torch.randint(0, 256, (3, 240, 320), dtype=torch.uint8)
 
     def naive_inference():
@@ -1486,7 +1492,7 @@ def speed_table(folder):
 
     slow, fast = compare(naive_inference, lambda: refine.pseudo_mask(
         pixels, [0, 3], refine.seed_cams(model, pixels, [0, 3], {"seed": tuple(range(12))})["seed"]), 7)
-    row("CAM and PAR inference, 320 px", f"{1 / slow:.1f} images/s", f"{1 / fast:.1f} images/s", f"{slow / fast:.1f}x faster")
+    row("CAM and PAR inference, 320 px", f"{1 / slow:.1f} images/s", f"{1 / fast:.1f} images/s", f"{slow / fast:.1f}x faster", "3x")
     voc = make_voc(folder, [f"{i:02}" for i in range(20)], (375, 500))
     dataset = data.open_data("VOC2012", folder, "train")
     for name in dataset.ids:
@@ -1506,9 +1512,9 @@ def speed_table(folder):
             evaluate.scores(confusion)
 
     slow, fast = compare(naive_sweep, lambda: evaluate.summarise(evaluate.evaluate_cams(dataset, folder / "cam", "")), 1)
-    row("threshold sweep, 101 thresholds, 20 images", f"{slow:.1f} s", f"{fast:.2f} s", f"{slow / fast:.0f}x faster")
+    row("threshold sweep, 101 thresholds, 20 images", f"{slow:.1f} s", f"{fast:.2f} s", f"{slow / fast:.0f}x faster", "30x")
     slow, fast = alone("torchvision", steps=5)[0], alone("same size", steps=5)[0]
-    row("plain step (against torchvision's ViT, 197 tokens)", f"{slow:.2f} s", f"{fast:.2f} s", f"{fast / slow:.2f} of it")
+    row("plain step (against torchvision's ViT, 197 tokens)", f"{slow:.2f} s", f"{fast:.2f} s", f"{fast / slow:.2f} of it", "1.1")
     rates = []
     for cache_gb in (0, 4):
         batches = data.TrainingBatches(dataset, 224, 4, 0, 0, torch.device("cpu"), cache_gb)
@@ -1519,10 +1525,10 @@ def speed_table(folder):
             count = sum(len(images) for images, _ in batches)
         rates.append(4 * count / (time.perf_counter() - begin))
     row("loading and augmenting (against decoding 500 px JPEGs)", *(f"{rate:.0f} images/s" for rate in rates),
-        f"{rates[1] / rates[0]:.1f}x faster")
+        f"{rates[1] / rates[0]:.1f}x faster", "")
     print()
     row("one step", "plain", "AReAM", "ratio of the times")
-    row("---", "---", "---", "---")
+    row(*["---"] * 4)
     for given in (dict(batch=4), dict(batch=8), dict(batch=16), dict(batch=32), dict(batch=4, size=384), dict(batch=4, size=448),
                   dict(depth=6), dict(depth=9)):
         plain, both = alone("plain", **given), alone("two-views", **given)

@@ -216,7 +216,7 @@ def main(argv=None):
     if args.resume and (folder / "last.pt").is_file():
         state = data.read_checkpoint(folder / "last.pt", "cls", dataset.name, dataset.classes)
     elif args.branch_from:
-        state = data.read_checkpoint(args.branch_from, "cls", dataset.name, dataset.classes)
+        state = data.read_checkpoint(args.branch_from, "cls", dataset.name, dataset.classes, dataset.options)
     elif args.pretrained != "none":
         vit.load_pretrained(model, args.pretrained)
     model.to(device).set_drop_path(args.drop_path)

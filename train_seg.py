@@ -172,7 +172,7 @@ def main(argv=None):
     folder, state, classifier = args.out / "seg", None, None
     if args.arch == "deeplabv3_vit":
         first_stage = args.out / "cls" / "last.pt" if args.pretrained in ("auto", "none") else args.pretrained
-        classifier = data.read_checkpoint(first_stage, "cls", dataset.name, dataset.classes)
+        classifier = data.read_checkpoint(first_stage, "cls", dataset.name, dataset.classes, dataset.options)
     net = build(args.arch, len(dataset.classes), classifier and classifier["config"])
     multiple = net.backbone.model.patch if classifier else 1
     if args.size % multiple:
@@ -198,8 +198,13 @@ def main(argv=None):
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
     data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "predict_split"))
-    if not state and not data.rank():  # a new model: older predictions are not its own
-        shutil.rmtree(args.out / "pred", ignore_errors=True)
+    predictions = args.out / "pred" / args.predict_split
+    if not data.rank():
+        if not state and predictions.parent.is_dir():  # a new model: older predictions are not its own
+            shutil.rmtree(predictions.parent)
+        for half_written in predictions.glob(".*.tmp"):
+            half_written.unlink()
+    data.wait_for_all()
     config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes)}
     per_epoch, begin, trained = len(loader), time.time(), data.distributed(net, device)
     for epoch in range(first, args.epochs):
@@ -233,7 +238,7 @@ def main(argv=None):
         data.write_checkpoint(folder / "last.pt", {"stage": "seg", "config": config, "epoch": epoch + 1,
                                                    "model": net.state_dict(), "optimizer": optimizer.state_dict()})
     net.eval()
-    predictions, begin = args.out / "pred" / args.predict_split, time.time()
+    begin = time.time()
     for i, name in enumerate(target.ids[data.rank()::data.world()]):
         if (predictions / f"{name}.png").is_file():
             continue
