@@ -347,7 +347,7 @@ def study(folder, path):
         records = []
         for run in sorted({f.parent for kind in ("layers", "results") for f in folder.glob(f"*/*/{kind}.json")}):
             settings = data.read_json(run / "cls" / "args.json", "repeat the study")
-            record = {"row": run.parent.name, "seed": run.name, "settings": {k: settings[k] for k in (
+            record = {"row": run.parent.name, "seed": run.name, "settings": {k: settings.get(k) for k in (
                 "preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "reactivation", "entropy", "coupling", "deep_from",
                 "affinity_weight", "labels")}}
             if (run / "layers.json").is_file():
@@ -366,6 +366,8 @@ def study(folder, path):
     rows = {name: [r for r in records if r["row"] == name] for name in dict.fromkeys(r["row"] for r in records)}
 
     def table(columns, cell, has):
+        if not any(has in r for r in records):
+            return
         print("| row | seeds | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(columns)) + "|")
         for name, runs in rows.items():
             if runs := [r for r in runs if has in r]:
