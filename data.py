@@ -167,14 +167,17 @@ class COCO2014:
         """The objects rasterised, smaller ones over larger ones, and cached as PNG where a cache folder is given."""
         if self.cache is None:
             return self.rasterise(name)
-        path = Path(self.cache) / self.split / f"{name}.png"
+        path = self.cached(name)
         if not path.is_file():
             write_mask(path, self.rasterise(name))
         return read_mask(path)
 
+    def cached(self, name):
+        return Path(self.cache) / self.split / f"{name}.png"
+
     def cache_masks(self, workers):
         """Rasterise every mask that is not cached yet, in worker processes; an interrupted call goes on where it was."""
-        missing, made = [n for n in self.ids if not (Path(self.cache) / self.split / f"{n}.png").is_file()], 0
+        missing, made = [name for name in self.ids if not self.cached(name).is_file()], 0
         if not missing:
             return
         for count in DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all):
