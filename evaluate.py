@@ -92,6 +92,17 @@ def summarise(counts):
     return {"fixed": miou[FIXED], "best": miou[best], "best_threshold": best / 100}
 
 
+def rank_correlation(table, state, threshold):
+    """Does entropy tell which layers refine badly? Spearman's correlation over layers of entropy and seed mIoU, in [-1, 1].
+
+    table, state: of evaluate_layers; threshold: "fixed" or "best". Near -1: the higher the entropy, the worse the seed
+    refined by that layer alone, as re-activation weights presume; near 0: entropy says nothing.
+    """
+    miou = [table[f"layer {l}"][threshold] for l in range(len(state["entropy"]))]
+    one, other = (np.argsort(np.argsort(v)) for v in (state["entropy"], miou))  # ranks
+    return float(np.corrcoef(one, other)[0, 1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What can be evaluated
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +239,8 @@ def print_layers(table, state):
         print(f"  {name:<16} {row['fixed']:7.1f} {row['best']:7.1f}  {row['best_threshold']:<10.2f}" + (
             f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %" if entropy else ""))
     print("  * chosen with pixel labels: an upper bound, not a result from image labels")
+    fixed, best = (rank_correlation(table, state, threshold) for threshold in ("fixed", "best"))
+    print(f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at {FIXED_THRESHOLD}, {best:+.2f} at the best thresholds")
 
 
 def draw_chart(draw, corner, size, title, series, level=None):
@@ -342,6 +355,7 @@ def study(folder, path):
 
     Without a folder (None) only the tables are printed, from the records. Rows are sorted by name; mean and standard deviation
     over seeds, in percent. Seeds: at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
+    "entropy ~ mIoU" is rank_correlation, also at the fixed threshold (at the best ones).
     """
     if folder and folder.is_dir():
         records = []
@@ -373,10 +387,13 @@ def study(folder, path):
             if runs := [r for r in runs if has in r]:
                 print(f"| {name} | {len(runs)} | " + " | ".join(cell(runs, c) for c in columns) + " |")
 
-    def spread(values):
-        return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    def spread(values, form=".1f"):
+        return f"{np.mean(values):{form}}" + (f" ± {np.std(values, ddof=1):{form.strip('+')}}" if len(values) > 1 else "")
 
     def seed_cell(runs, column):
+        if column == "entropy ~ mIoU":
+            fixed, best = ([rank_correlation(r["table"], r["state"], t) for r in runs] for t in ("fixed", "best"))
+            return f"{spread(fixed, '+.2f')} ({np.mean(best):+.2f})"
         if not all(column in r["table"] for r in runs):  # scored by an older version
             return ""
         runs = [r["table"][column] for r in runs]
@@ -388,7 +405,7 @@ def study(folder, path):
         values = [r[what][key] for r in runs if what in r]
         return spread(values) if values else ""
 
-    table(("unrefined", "shallow layers", "deep layers", "all layers", "all, weighted"), seed_cell, "table")
+    table(("unrefined", "shallow layers", "deep layers", "all layers", "all, weighted", "entropy ~ mIoU"), seed_cell, "table")
     print()
     table(("labelled pixels", "all pixels", "undecided", "DeepLab, val"), mask_cell, "pseudo")
 

@@ -1025,6 +1025,15 @@ def test_four_stages_on_toy(tmp_path, capsys):
     assert (out / "seg" / "last.pt").is_file()  # nothing was lost by it
 
 
+def test_rank_correlation_of_entropy_and_miou():
+    def table(*miou):
+        return {"unrefined": {"fixed": 99.0}, **{f"layer {l}": {"fixed": m} for l, m in enumerate(miou)}}
+    state = {"entropy": [5.0, 5.5, 6.0, 9.0]}
+    assert evaluate.rank_correlation(table(60.0, 50.0, 49.0, 1.0), state, "fixed") == pytest.approx(-1)
+    assert evaluate.rank_correlation(table(1.0, 2.0, 3.0, 4.0), state, "fixed") == pytest.approx(1)
+    assert evaluate.rank_correlation(table(20.0, 30.0, 40.0, 10.0), state, "fixed") == pytest.approx(-0.2)  # 1 - 6 * 12 / 60
+
+
 def test_study_gathers_runs_and_prints_their_table(tmp_path, capsys):
     for row, seeds in (("1.none", "01"), ("1.entropy", "0")):
         for one in seeds:
