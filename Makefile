@@ -62,6 +62,8 @@ study-toy: .venv/ready
 	$(call deeplab,$T/8.none,$T/1.none,--data toy,--data toy,--data toy)
 	$(call deeplab,$T/8.uniform,$T/1.uniform,--data toy,--data toy,--data toy)
 	$(call deeplab,$T/8.entropy,$T/1.entropy,--data toy,--data toy,--data toy)
+	$(call deeplab,$T/8.weight-4,$T/3.weight-4,--data toy,--data toy,--data toy)
+	$(call deeplab,$T/8.uniform-weight-1,$T/3.uniform-weight-1,--data toy,--data toy,--data toy)
 	$(PY) evaluate.py --what study --out $T --records results/toy.json
 
 V := runs/study-voc

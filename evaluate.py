@@ -171,8 +171,8 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     """What each layer's affinity does to the seed, and what state it is in: one pass over the images.
 
     Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's Figure 1; "unrefined"
-    is the patch map times the class tokens' attention), and state: three lists over the layers, means over the images
-    (Figure 3): "entropy" in bits (aream.layer_entropy), "distance" (aream.row_distance), "top" (aream.top_share).
+    is the patch map times the class tokens' attention), and state: lists over the layers, means over the images
+    (Figure 3): "entropy" in bits (aream.layer_entropy), "distance" (aream.row_distance), "top" (aream.top_share), "w_hat" (aream.reactivation_weights).
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     variants = {"patch map alone": None, "unrefined": (), "all layers": (*shallow, *deep), "shallow layers": tuple(shallow),
@@ -193,16 +193,17 @@ def evaluate_layers(dataset, model, deep_from, args, device):
             rate = (i + 1) / (time.time() - begin)
             data.progress(f"{i + 1}/{len(dataset.ids)}  {rate:.1f} images/s")
     data.progress("")
-    state = dict(zip(("entropy", "distance", "top"), torch.stack(states).mean(0).tolist()))
+    state = dict(zip(("entropy", "distance", "top", "w_hat"), torch.stack(states).mean(0).tolist()))
     return {variant: summarise(c) for variant, c in counts.items()}, state
 
 
 def layer_state(out, labels):
-    """Entropy, row distance and top share of every layer, of the first image of a ViTOutput -> (3, L) on the CPU."""
+    """Entropy, row distance, top share and w_hat of every layer, of the first image of a ViTOutput -> (4, L) on the CPU."""
     P = out.cam.shape[-2] * out.cam.shape[-1]
     blocks = torch.cat([aream.patch_block(a[:1], P) for a in out.affinity])  # (L, P, P)
     entropy = aream.layer_entropy(out.cam[:1], [b[None] for b in blocks], labels)[0]
-    return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks)]).cpu()
+    _, w_hat = aream.reactivation_weights(entropy)
+    return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks), w_hat]).cpu()
 
 
 def is_ground_truth(dataset, folder):
@@ -232,13 +233,15 @@ def print_classes(dataset, result):
             print(f"  {name:<14} " + " ".join(f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")))
 
 
-def print_layers(table, state):
-    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  {'entropy':>7} {'distance':>8} {'top 5 %':>7}")
-    rows = [("", "", "")] * (len(table) - len(state["entropy"])) + list(zip(*state.values()))
-    for (name, row), (entropy, distance, top) in zip(table.items(), rows):
+def print_layers(table, state, deep_from):
+    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  {'entropy':>7} {'distance':>8} {'top 5 %':>7}  {'w_hat':>5}")
+    rows = [("",) * 4] * (len(table) - len(state["entropy"])) + list(zip(*state.values()))
+    for (name, row), (entropy, distance, top, w_hat) in zip(table.items(), rows):
         print(f"  {name:<16} {row['fixed']:7.1f} {row['best']:7.1f}  {row['best_threshold']:<10.2f}" + (
-            f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %" if entropy else ""))
+            f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %  {w_hat:5.2f}" if entropy else ""))
     print("  * chosen with pixel labels: an upper bound, not a result from image labels")
+    print(f"  mean counterpart weight w_hat: {np.mean(state['w_hat']):.2f} over all layers, {np.mean(state['w_hat'][deep_from:]):.2f} over "
+          "the deep ones (with uniform weights: 1)")
     fixed, best = (rank_correlation(table, state, threshold) for threshold in ("fixed", "best"))
     print(f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at {FIXED_THRESHOLD}, {best:+.2f} at the best thresholds")
 
@@ -452,7 +455,7 @@ def main(argv=None):
         record.update(scales=args.scales, beta=args.beta, steps=args.steps)
         record["table"], record["state"] = evaluate_layers(dataset, model, deep_from, args, device)
         print(f"{title}: seed mIoU in percent, deep layers from {deep_from}")
-        print_layers(record["table"], record["state"])
+        print_layers(record["table"], record["state"], deep_from)
         label = lambda out: "/".join(out.resolve().parts[-2:])
         records = {label(args.out): record}
         if args.before:

@@ -963,7 +963,7 @@ def test_four_stages_on_toy(tmp_path, capsys):
         assert (folder / "layers.png").is_file()
     state = data.read_json(out / "layers.json", "")["state"]
     assert all(len(values) == 3 for values in state.values()) and max(state["entropy"]) <= 6  # log2 of 64 patches
-    assert all(0 <= value <= 1 for value in (*state["distance"], *state["top"]))
+    assert all(0 <= value <= 1 for value in (*state["distance"], *state["top"], *state["w_hat"]))
     refine.main([*common, "--pictures", "2"])
     evaluate.main([*common, "--what", "cam"])
     evaluate.main([*common, "--what", "pseudo", "--worst", "2"])
