@@ -8,6 +8,7 @@ Expect ValueError or FileNotFoundError, with the file and the remedy, on anythin
 A dataset has .name, .classes (C names), .ids, and image(id), labels(id), mask(id), size(id). Image labels come from
 the annotation lists (XML, JSON), never from masks; mask() is ground truth and called by evaluate.py alone.
 """
+import argparse
 import atexit
 import hashlib
 import io
@@ -18,9 +19,11 @@ import random
 import shutil
 import sys
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -397,11 +400,15 @@ def label_vector(dataset, name):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading and transforms. Images travel as uint8 and are normalised on the device.
 # ---------------------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=None)
+def per_channel(values, device):
+    """(3,) numbers -> (3, 1, 1) on the device; made once, since every copy from the host makes a GPU wait."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
+
+
 def normalise(images):
     """uint8 (B, 3, H, W) -> float, ImageNet-normalised."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+    return (images.float() / 255 - per_channel(IMAGENET_MEAN, images.device)) / per_channel(IMAGENET_STD, images.device)
 
 
 def mirrored_views(images, scale, multiple):
@@ -456,7 +463,7 @@ def augment(images, aspects, seeds, size):
     brightness, contrast, saturation = torch.tensor(jitter).to(images.device, non_blocking=True).T.view(3, -1, 1, 1, 1)
     grid = F.affine_grid(crops, [len(images), 3, size, size], align_corners=False)
     out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    grey_of = lambda rgb: (rgb * torch.tensor([0.299, 0.587, 0.114], device=rgb.device).view(3, 1, 1)).sum(1, keepdim=True)
+    grey_of = lambda rgb: (rgb * per_channel((0.299, 0.587, 0.114), rgb.device)).sum(1, keepdim=True)
     out = (out * brightness).clamp_(0, 255)
     out = torch.lerp(grey_of(out).mean((2, 3), keepdim=True), out, contrast).clamp_(0, 255)
     out = torch.lerp(grey_of(out), out, saturation).clamp_(0, 255)
@@ -485,11 +492,14 @@ class TrainingBatches:
 
     def decode(self):
         """Fill the cache, with all worker processes, once."""
-        parts = []
+        total, done, all_aspects = len(self.samples), 0, []
+        cache = torch.empty(total, 3, *self.samples.size, dtype=torch.uint8, device=self.device)
         for images, _, aspects, _ in plain_loader(self.samples, 64, self.loader.num_workers):
-            parts.append((images.to(self.device), aspects))
-            progress(f"{64 * len(parts)}/{len(self.samples)} images decoded")
-        self.images, self.aspects = (torch.cat(part) for part in zip(*parts))
+            cache[done:done + len(images)] = images.to(self.device)
+            all_aspects.append(aspects)
+            done += len(images)
+            progress(f"{done}/{total} images decoded")
+        self.images, self.aspects = cache, torch.cat(all_aspects)
 
     def __iter__(self):
         if self.cached and self.images is None:
@@ -502,7 +512,7 @@ class TrainingBatches:
         keys = torch.tensor(list(self.loader.sampler))
         for part in keys.split(self.batch):
             index, seeds = part.T
-            yield self.images[index.to(self.device)], self.samples.labels[index], self.aspects[index], seeds
+            yield self.images[index.to(self.device, non_blocking=True)], self.samples.labels[index], self.aspects[index], seeds
 
 
 class SegmentationSet(Dataset):
@@ -575,6 +585,24 @@ def train_loader(samples, batch, seed, workers, device):
         raise ValueError(f"--batch {batch} is shared by {world()} processes: it must be a multiple of {world()}")
     return DataLoader(samples, batch // world(), sampler=EpochSampler(len(samples), seed, batch), num_workers=workers,
                       pin_memory=device.type == "cuda", persistent_workers=workers > 0, generator=torch.Generator())
+
+
+class Photographs(Dataset):
+    """(name, image (3, H, W) uint8) of some images of a data set, at their own size."""
+
+    def __init__(self, dataset, names):
+        self.dataset, self.names = dataset, names
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return self.names[index], TF.pil_to_tensor(self.dataset.image(self.names[index]))
+
+
+def photographs(dataset, names, workers):
+    """Iterates over Photographs one by one, in order, decoded ahead by worker processes."""
+    return DataLoader(Photographs(dataset, names), batch_size=None, num_workers=workers, generator=torch.Generator())
 
 
 def plain_loader(samples, batch, workers):
@@ -815,9 +843,18 @@ def join(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # hours, because in stages 2 and 3 the fast processes wait for the slow ones at the end
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
         atexit.register(dist.destroy_process_group)
+        sys.excepthook = end_at_once
     return device
+
+
+def end_at_once(kind, error, trace):
+    """Print an error and leave without good-byes: those would wait for processes that wait for this one."""
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def wait_for_all():
@@ -853,10 +890,19 @@ def common_arguments(parser):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--deterministic", action="store_true", help="on CUDA: only operations that give the same bits again (a CPU always does)")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="data loading processes")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load images (and, of COCO, draw masks)")
     add("--limit", type=int, help="use only the first so many images of each split")
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
     add("--overwrite", action="store_true", help="replace what an earlier run wrote")
+
+
+def profile_steps(text):
+    """The N of --profile N, for argparse."""
+    if world() > 1:
+        raise argparse.ArgumentTypeError("it times one process: run it without torchrun")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, at least 1")
+    return int(text)
 
 
 def start(args):
@@ -886,8 +932,9 @@ def same_data(args):
 def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "cache_gb", "profile")):
     """Make a stage's folder and its args.json.
 
-    A folder in use needs --resume (same settings, and the same classifier where one is used, else ValueError) or
-    --overwrite (its files are deleted). Of several processes one does it and the others wait.
+    A folder in use needs --resume (same settings, and made from the same: args.made_from, fingerprints by name; else
+    ValueError) or --overwrite (its files are deleted, but never the checkpoint to branch from). Of several processes one
+    does it and the others wait.
     """
     if rank():
         return wait_for_all()
@@ -896,14 +943,17 @@ def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers
     used = folder.is_dir() and any(folder.iterdir())
     if used and args.resume and (folder / "args.json").is_file():
         before = read_json(folder / "args.json", "delete the folder to start again")
-        if before.get("classifier") != settings.get("classifier"):
-            raise ValueError(f"--resume in {folder}, but the classifier is another one since: start again with --overwrite")
+        for what, content in settings.get("made_from", {}).items():
+            if before.get("made_from", {}).get(what) != content:
+                raise ValueError(f"--resume in {folder}, but the {what} changed since: start again with --overwrite")
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was {before.get(changed[0])!r}, "
                              f"now {settings[changed[0]]!r}; repeat the settings or use another --out")
         for half_written in folder.glob(".*.tmp"):  # by a process that was killed
             half_written.unlink()
     elif used and args.overwrite:
+        if getattr(args, "branch_from", None) and folder.resolve() in Path(args.branch_from).resolve().parents:
+            raise ValueError(f"--overwrite would delete {args.branch_from}, from which to branch: use another --out")
         shutil.rmtree(folder)
     elif used and not args.resume:
         raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, or choose another --out")

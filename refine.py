@@ -28,9 +28,10 @@ NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != 
 # Random walk
 # ---------------------------------------------------------------------------------------------------------------------
 def random_walk(score, affinity, beta=1.0, steps=1):
-    """T^steps score with T the row-normalised affinity^beta (beta 1, one step: the plain propagation).
+    """T^steps score with T the row-normalised affinity^beta.
 
-    score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
+    With beta 1 and one step this is aream.propagate divided, patch by patch, by the attention that the patch gives to
+    patches: class tokens take the rest, so that the rows of a patch block sum to less than 1. score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
     """
     if steps < 0 or beta <= 0:
         raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
@@ -77,7 +78,7 @@ def par_kernel(images, dilations=DILATIONS):
     colour.div_(colour.sum(1, keepdim=True))  # the softmax of -colour, in place
     distance = torch.tensor([d * (2.0**0.5 if dy and dx else 1.0) for d in dilations for dy, dx in NEIGHBOURS])
     place = -(distance / (distance.std() + 1e-8) / 0.3).square()  # (n,)
-    return colour.add_((KERNEL_SUM - 1) * place.softmax(0).to(images.device).view(1, -1, 1, 1))
+    return colour.add_((KERNEL_SUM - 1) * place.softmax(0).to(images.device, non_blocking=True).view(1, -1, 1, 1))
 
 
 def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATIONS):
@@ -181,7 +182,9 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
     the class-attended CAM as it is; None: the patch map without the class tokens' attention; "entropy": all layers, each
     with the re-activation weight 1 - e that it has in this view of the image). Every scale is seen with
-    its mirror image, padded to whole patches and cropped. observe: called with the first scale's ViTOutput (B = 2).
+    its mirror image, padded to whole patches and cropped; the maps of all scales are added as they are, so that small
+    scales, where attention is shared by fewer patches, count more. observe: called with the ViTOutput (B = 2) of the
+    scale nearest to 1.
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
@@ -192,7 +195,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
         padded, (h, w) = data.mirrored_views(images, scale, model.patch)
         with data.autocast(pixels.device):
             out = model(padded, "affinity")
-        if observe and scale == scales[0]:
+        if observe and scale == min(scales, key=lambda s: abs(s - 1)):
             observe(out)
         attended = aream.class_attended_cam(out.cam, out.affinity)[:, class_ids]  # (2, K, gh, gw)
         blocks = [aream.patch_block(a, attended.shape[-2] * attended.shape[-1]) for a in out.affinity]
@@ -284,7 +287,7 @@ def parse_args(argv=None):
     add("--high", type=float, default=0.55, help="high background score; between the two lies the band of 255")
     add("--par-iterations", type=int, default=ITERATIONS, help="of the pixel-adaptive refinement; 0: none")
     add("--pictures", type=int, default=0, metavar="N", help="also write a contact sheet of the first N images")
-    add("--profile", type=int, metavar="N", help="time N images and write nothing")
+    add("--profile", type=data.profile_steps, metavar="N", help="time N images and write nothing")
     return finish_args(parser.parse_args(argv))
 
 
@@ -321,31 +324,28 @@ def main(argv=None):
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     if args.profile:
         return profile(model, dataset, variants, args, device)
-    args.classifier = data.fingerprint(args.out / "cls" / "last.pt")  # --resume must not mix the CAMs of two
+    args.made_from = {"classifier": data.fingerprint(args.out / "cls" / "last.pt")}  # --resume must not mix the CAMs of two
     cams, masks = args.out / "cam", args.out / "pseudo"
     for folder in (cams, masks):
         data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "pictures", "profile"))
-    begin, made, mine = time.time(), 0, dataset.ids[data.rank()::data.world()]
-    for i, name in enumerate(mine):
-        if (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file():
-            continue
-        pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
+    done = lambda name: (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
+    begin, mine = time.time(), [n for n in dataset.ids[data.rank()::data.world()] if not done(n)]
+    for made, (name, pixels) in enumerate(data.photographs(dataset, mine, args.workers), 1):
+        pixels, class_ids = pixels.to(device), dataset.labels(name)
         cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)["seed"]
         mask = pseudo_mask(pixels, class_ids, cam, args.low, args.high, args.par_iterations)
         data.write_cam(cams / f"{name}.npz", class_ids, cam.cpu(), pixels.shape[-2:])
         data.write_mask(masks / f"{name}.png", mask.cpu().numpy())
-        made += 1
         if made % 20 == 0:
             rate = made / (time.time() - begin)
-            left = (len(mine) - i - 1) / rate / 60
-            data.progress(f"{i + 1}/{len(mine)}  {rate:.1f} images/s  {left:.1f} minutes left")
+            data.progress(f"{made}/{len(mine)}  {rate:.1f} images/s  {(len(mine) - made) / rate / 60:.1f} minutes left")
     data.wait_for_all()
-    missing = [n for n in dataset.ids if not ((cams / f"{n}.npz").is_file() and (masks / f"{n}.png").is_file())]
+    missing = [n for n in dataset.ids if not done(n)]
     if missing:
         raise FileNotFoundError(f"{len(missing)} images have no CAM or pseudo-mask, first {missing[0]}: run with --resume")
     if data.rank():
         return
-    data.log_line(masks, {"images": len(dataset.ids), "made": made, "seconds": time.time() - begin})
+    data.log_line(masks, {"images": len(dataset.ids), "made": len(mine), "seconds": time.time() - begin})
     if args.pictures:
         rows = []
         for name in dataset.ids[:args.pictures]:

@@ -428,6 +428,9 @@ def test_seed_cams():
     assert refine.parse_layers("0-2,5", 6) == (0, 1, 2, 5) and refine.parse_layers("none", 6) == ()
     assert refine.parse_layers("entropy", 6) == "entropy"
     seen = []
+    refine.seed_cams(model, square, [1], {"s": ()}, scales=(0.5, 1, 1.5), observe=seen.append)
+    assert [out.cam.shape[-1] for out in seen] == [8]  # the view of scale 1 alone
+    seen.clear()
     weighted = refine.seed_cams(model, square, [1], {"s": "entropy", "all": tuple(range(6))}, observe=seen.append)
     out, both = seen[0], 0
     for view, turn in ((0, lambda x: x), (1, lambda x: x.flip(-1))):  # by hand: every layer times 1 - e, e of this view
@@ -1003,9 +1006,22 @@ def test_four_stages_on_toy(tmp_path, capsys):
         refine.main([*common, "--resume", "--steps", "3"])
     checkpoint = (out / "cls" / "last.pt").read_bytes()
     shutil.copy(before / "cls" / "last.pt", out / "cls" / "last.pt")
-    with pytest.raises(ValueError, match="--resume in .*cam, but the classifier is another one since: start again with --overwrite"):
+    with pytest.raises(ValueError, match="--resume in .*cam, but the classifier changed since: start again with --overwrite"):
         refine.main([*common, "--resume"])
     (out / "cls" / "last.pt").write_bytes(checkpoint)
+    # so does DeepLab with other pseudo-masks, and it never deletes what another model predicted without being told to
+    settings = (out / "pseudo" / "args.json").read_text()
+    (out / "pseudo" / "args.json").write_text(settings.replace("0.55", "0.5"))
+    with pytest.raises(ValueError, match="--resume in .*seg, but the pseudo-masks changed since"):
+        train_seg.main([*common, "--batch", "4", "--epochs", "1", "--resume"])
+    (out / "pseudo" / "args.json").write_text(settings)
+    (out / "seg").rename(out / "elsewhere")
+    with pytest.raises(ValueError, match="pred holds predictions, but .*seg no model that made them: replace them with --overwrite"):
+        train_seg.main([*common, "--batch", "4", "--epochs", "1"])
+    assert len(list((out / "pred" / "val").glob("*.png"))) == 16
+    (out / "pred" / "val" / "stale.png").write_bytes(b"of the model before")
+    train_seg.main([*common, "--batch", "4", "--epochs", "1", "--overwrite"])
+    assert len(list((out / "pred" / "val").glob("*.png"))) == 16 and not (out / "pred" / "val" / "stale.png").exists()
     # a missing prediction is an error, not a perfect score
     (out / "pred" / "val" / "toy_val_0003.png").unlink()
     with pytest.raises(FileNotFoundError, match="1 of 16 files are missing .*toy_val_0003.*python train_seg.py"):
@@ -1112,6 +1128,9 @@ def test_training_resumes_to_the_same_weights(tmp_path):
         train(tmp_path / "whole", "--resume", epochs=4)
     with pytest.raises(ValueError, match="last.pt is already at epoch 3: give more than --epochs 3"):
         train(tmp_path / "late", "--branch-from", str(tmp_path / "whole" / "cls" / "last.pt"), epochs=3)
+    with pytest.raises(ValueError, match="--overwrite would delete .*warmup.pt, from which to branch"):
+        train(tmp_path / "parts", "--branch-from", str(folder / "warmup.pt"), "--overwrite", epochs=3)
+    assert (folder / "warmup.pt").is_file() and (folder / "last.pt").is_file()
 
 
 @pytest.mark.parametrize("cache_gb", ["0", "4"])
@@ -1162,7 +1181,6 @@ def test_a_full_disk_loses_nothing(tmp_path, capfd):
     train(out, epochs=3)
     shutil.copy(out / "cls" / "warmup.pt", out / "cls" / "last.pt")  # as if it had been stopped after the first epoch
     old = (out / "cls" / "last.pt").read_bytes()
-    data.write_mask(out / "pred" / "val" / "stale.png", np.zeros((4, 4)))  # of an earlier model
     common = [*TINY, "--out", str(out), "--limit", "16", "--resume"]
     classify = [*common, "--batch", "8", "--epochs", "3", "--warmup-epochs", "1", "--depth", "3", "--deep-from", "1"]
     for run, arguments, room, failed in (
@@ -1262,10 +1280,10 @@ GRADIENTS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import aream, data, train_cls, model as vit
-if sys.argv[3] == "dies" and data.rank() == 1:
-    raise SystemExit("rank 1 was told to die")
 args = train_cls.parse_args(["--data", "toy", "--device", "cpu"])
 device = data.start(args)
+if sys.argv[3] == "dies" and data.rank() == 1:
+    raise RuntimeError("rank 1 was told to die")
 dataset = data.open_data("toy", None, "train", 8)
 batch = next(iter(data.TrainingBatches(dataset, 64, 8, 0, 0, device, 4)))
 net = vit.build("toy", 6, depth=3)
@@ -1323,6 +1341,15 @@ def test_non_finite_loss_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(aream, "classification_loss", lambda *a: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(FloatingPointError, match="loss nan in epoch 1, step 0: stopped"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [train_cls, refine])
+def test_profile_needs_a_number_of_steps_and_one_process(stage, capsys, monkeypatch):
+    for steps, processes, problem in (("0", "1", "'0' is not a number of steps"), ("5", "2", "run it without torchrun")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        with pytest.raises(SystemExit):
+            stage.parse_args(["--data", "toy", "--profile", steps])
+        assert problem in capsys.readouterr().err
 
 
 def test_missing_inputs_name_the_command_that_makes_them(tmp_path):
@@ -1428,15 +1455,15 @@ def test_real_coco_areas():
 def measure(kind, batch=16, size=224, depth=12, steps=5):
     """Seconds (the least of steps) and extra peak MiB of one training step of DeiT-Tiny, in a process of its own."""
     torch.set_num_threads(THREADS)
-    device = torch.device("cuda" if torch.cuda.is_available() and kind != "naive" else "cpu")
-    labels = torch.zeros(batch, 20, device=device)
+    device = torch.device("cpu")  # on a GPU: --profile
+    labels = torch.zeros(batch, 20)
     labels[torch.arange(batch), torch.arange(batch) % 20] = labels[::2, 3] = 1  # 1.5 classes an image, as in VOC
-    pixels = F.interpolate(torch.rand(batch, 3, 9, 9), size=(size, size), mode="bilinear").mul(255).byte().to(device)
+    pixels = F.interpolate(torch.rand(batch, 3, 9, 9), size=(size, size), mode="bilinear").mul(255).byte()
     args = train_cls.parse_args(["--labels", "shared" if kind == "shared" else "two-views", "--drop-path", "0"])
     if kind == "torchvision":
-        model = torchvision.models.VisionTransformer(size, 16, depth, 3, 192, 768).to(device)
+        model = torchvision.models.VisionTransformer(size, 16, depth, 3, 192, 768)
     else:
-        model = vit.build("deit_tiny", 1 if kind == "same size" else 20, depth=depth, image_size=size).to(device)
+        model = vit.build("deit_tiny", 1 if kind == "same size" else 20, depth=depth, image_size=size)
     optimizer, layers, seconds = torch.optim.AdamW(model.parameters()), aream.coupled_layers(depth), []
     before = data.peak_memory(device)
     for _ in range(steps + 1):
@@ -1450,8 +1477,6 @@ def measure(kind, batch=16, size=224, depth=12, steps=5):
             optimizer.step()
         else:
             train_cls.train_step(model, optimizer, (pixels, labels), args, kind != "plain", layers)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     return min(seconds[1:]), data.peak_memory(device) - before
 

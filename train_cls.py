@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--low", type=float, default=0.35, help="low background score of the pseudo-label")
     add("--high", type=float, default=0.55, help="high background score")
     add("--cache-gb", type=float, default=4, help="keep the decoded images on the device if they fit in this; 0: never")
-    add("--profile", type=int, metavar="N", help="time N steps, plain and with the AReAM loss, and write nothing")
+    add("--profile", type=data.profile_steps, metavar="N", help="time N steps, plain and with the AReAM loss, and write nothing")
     args = parser.parse_args(argv)
     for key, value in {**PAPER, **RECIPES.get(args.data, {})}.items():
         if getattr(args, key) is None:

@@ -17,7 +17,6 @@ import torchvision
 from torch import nn
 from torchvision.models import segmentation
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data
 import model as vit
@@ -197,10 +196,16 @@ def main(argv=None):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         first = state["epoch"]
-    data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "predict_split"))
     predictions = args.out / "pred" / args.predict_split
+    outdated = not state and predictions.parent.is_dir()  # of an earlier model
+    if outdated and not args.overwrite:
+        raise ValueError(f"{predictions.parent} holds predictions, but {folder} no model that made them: replace them with "
+                         f"--overwrite, or choose another --out")
+    if (masks / "args.json").is_file():  # --resume must not mix two sets of pseudo-masks
+        args.made_from = {"pseudo-masks": data.fingerprint(masks / "args.json")}
+    data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "predict_split"))
     if not data.rank():
-        if not state and predictions.parent.is_dir():  # a new model: older predictions are not its own
+        if outdated:
             shutil.rmtree(predictions.parent)
         for half_written in predictions.glob(".*.tmp"):
             half_written.unlink()
@@ -239,13 +244,12 @@ def main(argv=None):
                                                    "model": net.state_dict(), "optimizer": optimizer.state_dict()})
     net.eval()
     begin = time.time()
-    for i, name in enumerate(target.ids[data.rank()::data.world()]):
-        if (predictions / f"{name}.png").is_file():
-            continue
-        label = predict(net, pil_to_tensor(target.image(name)).to(device), args.scales, multiple)
+    mine = [n for n in target.ids[data.rank()::data.world()] if not (predictions / f"{n}.png").is_file()]
+    for made, (name, pixels) in enumerate(data.photographs(target, mine, args.workers), 1):
+        label = predict(net, pixels.to(device), args.scales, multiple)
         data.write_mask(predictions / f"{name}.png", label.cpu().numpy())
-        if i % 20 == 19:
-            data.progress(f"{i + 1}/{len(target.ids)} predicted, {(i + 1) / (time.time() - begin):.1f} images/s")
+        if made % 20 == 0:
+            data.progress(f"{made}/{len(mine)} predicted, {made / (time.time() - begin):.1f} images/s")
     data.wait_for_all()
     data.log_line(folder, {"predicted": len(target.ids), "seconds": time.time() - begin})
 
