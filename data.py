@@ -600,9 +600,10 @@ class Photographs(Dataset):
         return self.names[index], TF.pil_to_tensor(self.dataset.image(self.names[index]))
 
 
-def photographs(dataset, names, workers):
-    """Iterates over Photographs one by one, in order, decoded ahead by worker processes."""
-    return DataLoader(Photographs(dataset, names), batch_size=None, num_workers=workers, generator=torch.Generator())
+def photographs(dataset, names, workers, device):
+    """Iterates over Photographs one by one, in order, decoded ahead by worker processes if a GPU does the other work."""
+    return DataLoader(Photographs(dataset, names), batch_size=None, num_workers=workers if device.type == "cuda" else 0,
+                      generator=torch.Generator())
 
 
 def plain_loader(samples, batch, workers):

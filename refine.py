@@ -330,7 +330,7 @@ def main(argv=None):
         data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "pictures", "profile"))
     done = lambda name: (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
     begin, mine = time.time(), [n for n in dataset.ids[data.rank()::data.world()] if not done(n)]
-    for made, (name, pixels) in enumerate(data.photographs(dataset, mine, args.workers), 1):
+    for made, (name, pixels) in enumerate(data.photographs(dataset, mine, args.workers, device), 1):
         pixels, class_ids = pixels.to(device), dataset.labels(name)
         cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)["seed"]
         mask = pseudo_mask(pixels, class_ids, cam, args.low, args.high, args.par_iterations)

@@ -245,7 +245,7 @@ def main(argv=None):
     net.eval()
     begin = time.time()
     mine = [n for n in target.ids[data.rank()::data.world()] if not (predictions / f"{n}.png").is_file()]
-    for made, (name, pixels) in enumerate(data.photographs(target, mine, args.workers), 1):
+    for made, (name, pixels) in enumerate(data.photographs(target, mine, args.workers, device), 1):
         label = predict(net, pixels.to(device), args.scales, multiple)
         data.write_mask(predictions / f"{name}.png", label.cpu().numpy())
         if made % 20 == 0:
