@@ -854,6 +854,7 @@ def join(device):
 def end_at_once(kind, error, trace):
     """Print an error and leave without good-byes: those would wait for processes that wait for this one."""
     traceback.print_exception(kind, error, trace)
+    sys.stdout.flush()  # os._exit does not
     sys.stderr.flush()
     os._exit(1)
 
@@ -934,8 +935,7 @@ def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers
     """Make a stage's folder and its args.json.
 
     A folder in use needs --resume (same settings, and made from the same: args.made_from, fingerprints by name; else
-    ValueError) or --overwrite (its files are deleted, but never the checkpoint to branch from). Of several processes one
-    does it and the others wait.
+    ValueError) or --overwrite (its files are deleted). Of several processes one does it and the others wait.
     """
     if rank():
         return wait_for_all()
@@ -953,8 +953,6 @@ def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers
         for half_written in folder.glob(".*.tmp"):  # by a process that was killed
             half_written.unlink()
     elif used and args.overwrite:
-        if getattr(args, "branch_from", None) and folder.resolve() in Path(args.branch_from).resolve().parents:
-            raise ValueError(f"--overwrite would delete {args.branch_from}, from which to branch: use another --out")
         shutil.rmtree(folder)
     elif used and not args.resume:
         raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, or choose another --out")

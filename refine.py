@@ -31,7 +31,8 @@ def random_walk(score, affinity, beta=1.0, steps=1):
     """T^steps score with T the row-normalised affinity^beta.
 
     With beta 1 and one step this is aream.propagate divided, patch by patch, by the attention that the patch gives to
-    patches: class tokens take the rest, so that the rows of a patch block sum to less than 1. score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
+    patches: class tokens take the rest, so that the rows of a patch block sum to less than 1.
+    score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
     """
     if steps < 0 or beta <= 0:
         raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
