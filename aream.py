@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 REACTIVATION = ("entropy", "uniform", "none")
 IGNORE = 255
+TIE = 0.01  # bits between the layers of lowest and highest entropy, below which there is nothing to tell apart
 
 
 def patch_block(affinity, patches):
@@ -67,7 +68,7 @@ def reactivation_weights(entropy, kind="entropy"):
     """Re-activation weights w (for the guide) and counterpart weights w_hat (for the loss), each (..., L) in [0, 1].
 
     entropy (..., L) bits. kind "entropy": w_hat = e, w = 1 - e with e the entropy min-max normalised over layers (zeros
-    if all are equal); "uniform": both 1; "none": w 1, w_hat 0 (a plain average, no loss). ValueError otherwise.
+    if they tie, within 0.01 bits: rounding would decide otherwise); "uniform": both 1; "none": w 1, w_hat 0 (a plain average, no loss). ValueError otherwise.
     """
     ones = torch.ones_like(entropy)
     if kind == "uniform":
@@ -77,7 +78,7 @@ def reactivation_weights(entropy, kind="entropy"):
     if kind != "entropy":
         raise ValueError(f"reactivation {kind!r}: use one of {', '.join(REACTIVATION)}")
     low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
-    e = torch.where(high > low, (entropy - low) / (high - low).clamp_min(1e-12), 0.0)
+    e = torch.where(high - low > TIE, (entropy - low) / (high - low).clamp_min(TIE), 0.0)
     return 1 - e, e
 
 

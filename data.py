@@ -423,11 +423,33 @@ def mirrored_views(images, scale, multiple):
     return F.pad(both, [0, -w % multiple, 0, -h % multiple], mode="replicate"), (h, w)
 
 
-class ClassificationSet(Dataset):
-    """(image (3, size, size) uint8, squeezed to a square; labels (C,); width / height before; seed) by (index, seed)."""
+def noise_patch(pixels):
+    """Random erasing of the release: with probability 0.25, 2 to 33 % of the area becomes noise (uint8 in and out)."""
+    to_noise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.45] * 3, [0.225] * 3),
+                           v2.RandomErasing(0.25, value="random"), v2.Normalize([-2.0] * 3, [1 / 0.225] * 3)])
+    return v2.functional.to_dtype(to_noise(pixels).clamp(0, 1), torch.uint8, scale=True)
 
-    def __init__(self, dataset, size):
-        self.dataset, self.size = dataset, (size, size)
+
+AUGMENTATIONS = {
+    "jitter": lambda size: [
+        v2.RandomResizedCrop(size, scale=(0.3, 1)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4),
+        v2.PILToTensor()],
+    "jitter-8": lambda size: [
+        v2.RandomResizedCrop(size, scale=(0.08, 1)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4),
+        v2.PILToTensor()],
+    "release": lambda size: [
+        v2.RandomResizedCrop(size, scale=(0.08, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+        *[v2.RandomApply([v2.RandAugment(1, magnitude=27)], 0.5)] * 2,
+        v2.PILToTensor(), v2.Lambda(noise_patch)],
+}
+
+
+class ClassificationSet(Dataset):
+    """(image (3, size, size) uint8, labels (C,)) by (index, seed): augmented, or (augment None) squeezed to a square."""
+
+    def __init__(self, dataset, size, augment=None):
+        self.dataset = dataset
+        self.transform = v2.Compose(AUGMENTATIONS[augment](size) if augment else [v2.Resize((size, size)), v2.PILToTensor()])
         self.labels = torch.stack([label_vector(dataset, name) for name in dataset.ids])  # read, and checked, up front
 
     def __len__(self):
@@ -436,83 +458,8 @@ class ClassificationSet(Dataset):
     def __getitem__(self, key):
         index, seed = key
         image = self.dataset.image(self.dataset.ids[index])
-        square = TF.resize(TF.pil_to_tensor(image), self.size, antialias=True)
-        return square, self.labels[index], image.width / image.height, seed
-
-
-def augment(images, aspects, seeds, size):
-    """Random resized crop (30 to 100 % of the area, sides 3:4 to 4:3), flip and colour jitter of a whole batch.
-
-    images (B, 3, S, S) uint8, squeezed from width / height = aspects (B,); seeds (B,) ints, which alone decide.
-    Returns (B, 3, size, size) uint8, on the device of images.
-    """
-    crops, jitter = [], []
-    for aspect, seed in zip(aspects.tolist(), seeds.tolist()):
-        rng = random.Random(seed)
-        for _ in range(10):  # as torchvision's RandomResizedCrop: draw again what does not fit, the whole image at last
-            area, ratio = rng.uniform(0.3, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = (area * ratio / aspect) ** 0.5, (area * aspect / ratio) ** 0.5  # as shares of the image's sides
-            if max(w, h) <= 1:
-                break
-        else:
-            w = h = 1
-        x, y, flip = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h), rng.choice((-1, 1))
-        crops.append([[flip * w, 0, 2 * x + w - 1], [0, h, 2 * y + h - 1]])  # output to input, both in -1 .. 1
-        jitter.append([rng.uniform(0.6, 1.4) for _ in range(3)])
-    crops = torch.tensor(crops).to(images.device, non_blocking=True)
-    brightness, contrast, saturation = torch.tensor(jitter).to(images.device, non_blocking=True).T.view(3, -1, 1, 1, 1)
-    grid = F.affine_grid(crops, [len(images), 3, size, size], align_corners=False)
-    out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    grey_of = lambda rgb: (rgb * per_channel((0.299, 0.587, 0.114), rgb.device)).sum(1, keepdim=True)
-    out = (out * brightness).clamp_(0, 255)
-    out = torch.lerp(grey_of(out).mean((2, 3), keepdim=True), out, contrast).clamp_(0, 255)
-    out = torch.lerp(grey_of(out), out, saturation).clamp_(0, 255)
-    return out.round_().to(torch.uint8)
-
-
-class TrainingBatches:
-    """One epoch of augmented batches: pixels (B, 3, size, size) uint8 and labels (B, C), both on the device.
-
-    The images are decoded once, 9/7 as large as a training crop (288 px for 224; never larger than the data set's own),
-    and kept on the device if they take at most cache_gb; otherwise worker processes decode them again in every epoch.
-    Call set_epoch before each epoch: order and augmentation depend on (seed, epoch) alone. The last short batch is
-    dropped.
-    """
-
-    def __init__(self, dataset, size, batch, seed, workers, device, cache_gb):
-        self.samples = ClassificationSet(dataset, min(size * 9 // 7, dataset.mean_size))
-        self.size, self.batch, self.device = size, batch // world(), device
-        self.loader = train_loader(self.samples, batch, seed, workers, device)
-        self.set_epoch = self.loader.sampler.set_epoch
-        self.cached = len(self.samples) * 3 * math.prod(self.samples.size) <= cache_gb * 2**30
-        self.images = self.aspects = None
-
-    def __len__(self):
-        return len(self.loader)
-
-    def decode(self):
-        """Fill the cache, with all worker processes, once."""
-        total, done, all_aspects = len(self.samples), 0, []
-        cache = torch.empty(total, 3, *self.samples.size, dtype=torch.uint8, device=self.device)
-        for images, _, aspects, _ in plain_loader(self.samples, 64, self.loader.num_workers):
-            cache[done:done + len(images)] = images.to(self.device)
-            all_aspects.append(aspects)
-            done += len(images)
-            progress(f"{done}/{total} images decoded")
-        self.images, self.aspects = cache, torch.cat(all_aspects)
-
-    def __iter__(self):
-        if self.cached and self.images is None:
-            self.decode()
-        for images, labels, aspects, seeds in self.from_cache() if self.cached else self.loader:
-            pixels = augment(images.to(self.device, non_blocking=True), aspects, seeds, self.size)
-            yield pixels, labels.to(self.device, non_blocking=True)
-
-    def from_cache(self):
-        keys = torch.tensor(list(self.loader.sampler))
-        for part in keys.split(self.batch):
-            index, seeds = part.T
-            yield self.images[index.to(self.device, non_blocking=True)], self.samples.labels[index], self.aspects[index], seeds
+        with seeded(seed):
+            return self.transform(image), self.labels[index]
 
 
 class SegmentationSet(Dataset):
@@ -891,6 +838,8 @@ def common_arguments(parser):
     add("--out", help="output folder (default runs/<data>)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of matrix products and convolutions (auto: bfloat16 where the device has it natively)")
     add("--deterministic", action="store_true", help="on CUDA: only operations that give the same bits again (a CPU always does)")
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load images (and, of COCO, draw masks)")
     add("--limit", type=int, help="use only the first so many images of each split")
@@ -918,6 +867,8 @@ def start(args):
         raise ValueError(f"--device {args.device}: this torch sees no CUDA GPU; use --device cpu or install a CUDA build")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
+    if args.precision == "auto":
+        args.precision = "bfloat16" if native_bfloat16(device) else "float32"
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -961,6 +912,16 @@ def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers
     wait_for_all()
 
 
-def autocast(device):
-    """bfloat16 autocast on CUDA, nothing on the CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device, precision):
+    """Matrix products and convolutions in precision, "bfloat16" or "float32"; everything else stays float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def native_bfloat16(device):
+    """Whether the device multiplies bfloat16 natively, so that it is the faster precision."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

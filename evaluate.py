@@ -183,7 +183,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         target = target_of(dataset, name, pixels.shape[-2:])
         labels = data.label_vector(dataset, name)[None].to(device)
         observe = lambda out: states.append(layer_state(out, labels))
-        cams = refine.seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps, observe)
+        cams = refine.seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps, observe, args.precision)
         values = data.mask_value(torch.tensor(class_ids))
         stacked = torch.stack(list(cams.values())).cpu()  # (variants, K, h, w)
         stacked = F.interpolate(stacked, size=target.shape, mode="bilinear", align_corners=False)

@@ -28,17 +28,19 @@ NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != 
 # Random walk
 # ---------------------------------------------------------------------------------------------------------------------
 def random_walk(score, affinity, beta=1.0, steps=1):
-    """T^steps score with T the row-normalised affinity^beta.
+    """Spread a score along an affinity: T^steps score with T the row-normalised affinity^beta.
 
-    With beta 1 and one step this is aream.propagate divided, patch by patch, by the attention that the patch gives to
-    patches: class tokens take the rest, so that the rows of a patch block sum to less than 1.
+    One step with beta 1 is the plain propagation of the paper, aream.propagate: its rows are not normalised (class
+    tokens take a part of each patch's attention, so the rows of a patch block sum to less than 1).
     score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
     """
     if steps < 0 or beta <= 0:
         raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
-    transition = affinity.float() ** beta
+    score, transition = score.float(), affinity.float()
+    if steps == 1 and beta == 1:
+        return aream.propagate(transition, score)
+    transition = transition**beta
     transition = transition / transition.sum(-1, keepdim=True).clamp_min(1e-12)
-    score = score.float()
     for _ in range(steps):
         score = aream.propagate(transition, score)
     return score
@@ -177,7 +179,8 @@ def parse_layers(text, depth):
 
 
 @torch.no_grad()
-def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1, observe=None):
+def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1, observe=None,
+              precision="float32"):
     """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
@@ -194,7 +197,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     images = data.normalise(pixels[None])
     for scale in scales:
         padded, (h, w) = data.mirrored_views(images, scale, model.patch)
-        with data.autocast(pixels.device):
+        with data.autocast(pixels.device, precision):
             out = model(padded, "affinity")
         if observe and scale == min(scales, key=lambda s: abs(s - 1)):
             observe(out)
@@ -307,7 +310,7 @@ def profile(model, dataset, variants, args, device):
         name = dataset.ids[i % len(dataset.ids)]
         pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
         watch("load")
-        cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)["seed"]
+        cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps, precision=args.precision)["seed"]
         watch("CAM")
         pseudo_mask(pixels, class_ids, cam, args.low, args.high, args.par_iterations).cpu()
         watch("PAR")
@@ -333,7 +336,7 @@ def main(argv=None):
     begin, mine = time.time(), [n for n in dataset.ids[data.rank()::data.world()] if not done(n)]
     for made, (name, pixels) in enumerate(data.photographs(dataset, mine, args.workers, device), 1):
         pixels, class_ids = pixels.to(device), dataset.labels(name)
-        cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps)["seed"]
+        cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps, precision=args.precision)["seed"]
         mask = pseudo_mask(pixels, class_ids, cam, args.low, args.high, args.par_iterations)
         data.write_cam(cams / f"{name}.npz", class_ids, cam.cpu(), pixels.shape[-2:])
         data.write_mask(masks / f"{name}.png", mask.cpu().numpy())

@@ -55,7 +55,7 @@ def parse_args(argv=None):
              "in the training pass itself, drop-path included")
     add("--low", type=float, default=0.35, help="low background score of the pseudo-label")
     add("--high", type=float, default=0.55, help="high background score")
-    add("--cache-gb", type=float, default=4, help="keep the decoded images on the device if they fit in this; 0: never")
+    add("--augment", choices=data.AUGMENTATIONS, default="jitter", help="of the training images")
     add("--profile", type=data.profile_steps, metavar="N", help="time N steps, plain and with the AReAM loss, and write nothing")
     args = parser.parse_args(argv)
     for key, value in {**PAPER, **RECIPES.get(args.data, {})}.items():
@@ -77,7 +77,7 @@ def label_pass(model, pixels, args):
     """
     images = data.normalise(pixels)
     model.eval()
-    with data.autocast(pixels.device):
+    with data.autocast(pixels.device, args.precision):
         out = model(torch.cat([images, images.flip(-1)]) if args.labels == "two-views" else images, "affinity")
     model.train()
     return out
@@ -119,7 +119,7 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None, ma
     shared = active and args.labels == "shared"
     if active and not shared:
         label, w_hat, _ = make_labels(label_pass(model, pixels, args), pixels, labels, guide, args, entropy, mark)
-    with data.autocast(pixels.device):
+    with data.autocast(pixels.device, args.precision):
         out = model(data.normalise(pixels), True if shared else "logits" if active else False)
     mark("forward")
     if shared:
@@ -150,6 +150,7 @@ def profile(model, optimizer, batches, args, coupling, device):
         watch, step = data.Stopwatch(device), -2  # two steps to warm up
         while step < args.profile:
             for batch in batches:
+                batch = [part.to(device) for part in batch]
                 watch("load")
                 train_step(model, optimizer, batch, args, active, coupling, mark=watch)
                 step += 1
@@ -159,18 +160,19 @@ def profile(model, optimizer, batches, args, coupling, device):
                     break
         print(f"{'AReAM' if active else 'plain'} step, {args.preset}, {args.size} px, batch {args.batch}, {device}")
         rates.append(watch.table(args.profile, args.batch, forward * (3 + views * active)))
-    images = len(batches.samples)
+    images = len(batches.dataset)
     seconds = images * (args.warmup_epochs / rates[0] + (args.epochs - args.warmup_epochs) / rates[-1])
     print(f"{args.epochs} epochs, {args.warmup_epochs} of them warm-up, of {images} images at these rates: {seconds / 60:.1f} minutes")
 
 
 @torch.no_grad()
-def mean_entropy(model, batches):
+def mean_entropy(model, batches, args, device):
     """Layer entropy averaged over the images of an epoch -> (L,) bits."""
     model.eval()
     total, count = 0, 0
     for pixels, labels in batches:
-        with data.autocast(pixels.device):
+        pixels, labels = pixels.to(device), labels.to(device)
+        with data.autocast(pixels.device, args.precision):
             out = model(data.normalise(pixels), "affinity")
         total = total + aream.layer_entropy(out.cam, out.affinity, labels).sum(0)
         count += len(labels)
@@ -183,8 +185,8 @@ def validate(model, samples, args, device):
     """Class mAP in percent on a ClassificationSet (mean over classes that occur of the average precision over images)."""
     model.eval()
     logits, target = [], []
-    for pixels, labels, _, _ in data.plain_loader(samples, args.batch, args.workers):
-        with data.autocast(device):
+    for pixels, labels in data.plain_loader(samples, args.batch, args.workers):
+        with data.autocast(device, args.precision):
             out = model(data.normalise(pixels.to(device)))
         logits.append((out.class_logits + out.patch_logits).float().cpu())
         target.append(labels)
@@ -203,12 +205,23 @@ def mean_average_precision(logits, labels):
     return torch.stack(precisions).mean().item()
 
 
+def schedule(done):
+    """Learning rate, as a share of --lr, when a share done in [0, 1] of the training is over: as in the release.
+
+    A linear warm-up over the first twelfth (5 of 60 epochs) from 0.016, then a cosine to 0.16 (1e-5 of 6.25e-5).
+    """
+    if done < 1 / 12:
+        return 0.016 + 0.984 * 12 * done
+    return 0.16 + 0.84 * 0.5 * (1 + math.cos(math.pi * done))
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
     dataset = data.open_split(args, args.split)
     val = data.ClassificationSet(data.open_split(args, "val"), args.size)
-    batches = data.TrainingBatches(dataset, args.size, args.batch, args.seed, args.workers, device, args.cache_gb)
+    samples = data.ClassificationSet(dataset, args.size, args.augment)
+    batches = data.train_loader(samples, args.batch, args.seed, args.workers, device)
     model = vit.build(args.preset, len(dataset.classes), depth=args.depth, image_size=args.size)
     coupling = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
     folder = args.out / "cls"
@@ -255,16 +268,17 @@ def main(argv=None):
     begin = time.time()
     for epoch in range(first, args.epochs):
         active = args.reactivation != "none" and epoch >= args.warmup_epochs
-        batches.set_epoch(epoch)
+        batches.sampler.set_epoch(epoch)
         torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # drop-path; a resumed epoch repeats it
         if active and args.entropy == "static" and entropy is None:
-            entropy = mean_entropy(model, batches)
+            entropy = mean_entropy(model, batches, args, device)
         model.train()
         sums, epoch_begin = torch.zeros(2, device=device), time.time()
         for step, batch in enumerate(batches):
             done = (epoch + step / per_epoch) / args.epochs
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * done))
+                group["lr"] = args.lr * schedule(done)
+            batch = [part.to(device, non_blocking=True) for part in batch]
             try:
                 losses = train_step(trained, optimizer, batch, args, active, coupling,
                                     entropy if args.entropy == "static" else None)

@@ -116,13 +116,13 @@ def load_backbone(net, arch, source):
 # Training and prediction
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def predict(net, pixels, scales, multiple=1):
+def predict(net, pixels, scales, multiple=1, precision="float32"):
     """Class probabilities averaged over scales and mirror images: pixels (3, H, W) uint8 -> label (H, W) uint8."""
     H, W = pixels.shape[-2:]
     images, total = data.normalise(pixels[None]), 0
     for scale in scales:
         padded, (h, w) = data.mirrored_views(images, scale, multiple)
-        with data.autocast(pixels.device):
+        with data.autocast(pixels.device, precision):
             logits = net(padded)["out"].float()[..., :h, :w]
         prob = F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=False).softmax(1)
         total = total + prob[0] + prob[1].flip(-1)
@@ -221,7 +221,7 @@ def main(argv=None):
             pixels, mask = pixels.to(device, non_blocking=True), mask.to(device, non_blocking=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * (1 - (epoch + step / per_epoch) / args.epochs) ** 0.9
-            with data.autocast(device):
+            with data.autocast(device, args.precision):
                 logits = trained(data.normalise(pixels))["out"]
             labelled = data.sum_over_all((mask != data.IGNORE).sum()).clamp_min(1)  # without a labelled pixel 0, not nan
             loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="none").sum() * data.world() / labelled
@@ -246,7 +246,7 @@ def main(argv=None):
     begin = time.time()
     mine = [n for n in target.ids[data.rank()::data.world()] if not (predictions / f"{n}.png").is_file()]
     for made, (name, pixels) in enumerate(data.photographs(target, mine, args.workers, device), 1):
-        label = predict(net, pixels.to(device), args.scales, multiple)
+        label = predict(net, pixels.to(device), args.scales, multiple, args.precision)
         data.write_mask(predictions / f"{name}.png", label.cpu().numpy())
         if made % 20 == 0:
             data.progress(f"{made}/{len(mine)} predicted, {made / (time.time() - begin):.1f} images/s")
