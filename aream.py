@@ -1,10 +1,6 @@
 """AReAM's mathematics: which layers over-smooth, how shallow affinities guide deep ones, the affinity loss.
 
-Reads  tensors.
-Writes tensors: pure functions, device and dtype from the inputs, no in-place change of an input.
-Run    from train_cls.py (layer_entropy -> reactivation_weights -> guided_cam -> affinity_label -> aream_loss).
-Expect every function to be compared with a loop or a hand-computed case in test_aream.py.
-
+Pure functions from tensors to tensors, in the order in which a training step calls them (train_cls.py).
 Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens. An affinity may be given as (B, N, N) or
 as its patch-to-patch block (B, P, P): A[m, n] is how much patch m draws from patch n.
 """
@@ -40,28 +36,6 @@ def layer_entropy(cam, affinity, labels):
     spread = [(patch_block(a, P) @ present[..., None])[..., 0] for a in affinity]  # L x (B, P)
     log_prob = torch.stack(spread, 1).float().log_softmax(-1)  # (B, L, P), finite, so p log p is too
     return -(log_prob.exp() * log_prob).sum(-1) / math.log(2)
-
-
-def row_distance(affinity):
-    """How different the patches' neighbourhoods still are: 0 if all rows are equal (over-smoothed), 1 if disjoint.
-
-    affinity (B, P, P) >= 0. Returns (B,): the mean Hellinger distance sqrt(1 - sum_n sqrt(p_mn p_kn)) between the rows
-    m != k of the row-normalised affinity p. One patch alone has distance 0.
-    """
-    P = affinity.shape[-1]
-    root = (affinity.float() / affinity.float().sum(-1, keepdim=True).clamp_min(1e-12)).sqrt()
-    distance = (1 - root @ root.transpose(-2, -1)).clamp_min(0).sqrt() * (1 - torch.eye(P, device=affinity.device))
-    return distance.sum((-2, -1)) / max(1, P * (P - 1))
-
-
-def top_share(affinity, share=0.05):
-    """What share of all attention the most attended patches draw: affinity (B, P, P) >= 0 -> (B,) in [0, 1].
-
-    The most attended are the ceil(share * P) columns with the largest sums; attention spread evenly gives about share.
-    """
-    received = affinity.float().sum(-2)  # (B, P)
-    top = received.topk(math.ceil(share * received.shape[-1]), -1).values.sum(-1)
-    return top / received.sum(-1).clamp_min(1e-12)
 
 
 def reactivation_weights(entropy, kind="entropy"):
@@ -185,3 +159,28 @@ def classification_loss(class_logits, patch_logits, labels):
     """Multi-label soft margin on both logits (B, C) -> ()."""
     labels = labels.to(class_logits)
     return F.multilabel_soft_margin_loss(class_logits, labels) + F.multilabel_soft_margin_loss(patch_logits, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diagnostics, for evaluate.py
+# ---------------------------------------------------------------------------------------------------------------------
+def row_distance(affinity):
+    """How different the patches' neighbourhoods still are: 0 if all rows are equal (over-smoothed), 1 if disjoint.
+
+    affinity (B, P, P) >= 0. Returns (B,): the mean Hellinger distance sqrt(1 - sum_n sqrt(p_mn p_kn)) between the rows
+    m != k of the row-normalised affinity p. One patch alone has distance 0.
+    """
+    P = affinity.shape[-1]
+    root = (affinity.float() / affinity.float().sum(-1, keepdim=True).clamp_min(1e-12)).sqrt()
+    distance = (1 - root @ root.transpose(-2, -1)).clamp_min(0).sqrt() * (1 - torch.eye(P, device=affinity.device))
+    return distance.sum((-2, -1)) / max(1, P * (P - 1))
+
+
+def top_share(affinity, share=0.05):
+    """What share of all attention the most attended patches draw: affinity (B, P, P) >= 0 -> (B,) in [0, 1].
+
+    The most attended are the ceil(share * P) columns with the largest sums; attention spread evenly gives about share.
+    """
+    received = affinity.float().sum(-2)  # (B, P)
+    top = received.topk(math.ceil(share * received.shape[-1]), -1).values.sum(-1)
+    return top / received.sum(-1).clamp_min(1e-12)

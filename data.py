@@ -1,236 +1,399 @@
-"""Datasets, image labels, transforms, and every file a stage writes, with its one writer and one reader.
+"""Data sets and their labels, the files that a run consists of, and what the stages share: processes, flags, errors.
 
-Reads  <root>/VOCdevkit/VOC2012 and <root>/COCO2014 in their official layouts (README), splits/*.txt; makes `toy`.
-Writes what the stages ask it to, first under a temporary name: runs/<data>/{cls, cam, pseudo, seg, pred}.
-Run    nothing by itself; python data.py would print nothing.
-Expect ValueError or FileNotFoundError, with the file and the remedy, on anything that is not as it should be.
-
-A dataset has .name, .classes (C names), .ids, and image(id), labels(id), mask(id), size(id). Image labels come from
-the annotation lists (XML, JSON), never from masks; mask() is ground truth and called by evaluate.py alone.
+Image labels come from annotation lists (XML, CSV, JSON), never from masks; masks are ground truth, for evaluate.py alone.
+Whatever is wrong with a file or a flag ends in one line that names it, the reason and the remedy.
 """
 import argparse
 import atexit
+import csv
 import hashlib
 import io
 import json
 import math
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms.v2 import functional as TF
 
-IGNORE = 255
+IGNORE = 255  # mask value of pixels that are not counted
+MOST_CLASSES = 254  # values 1..254 of an 8-bit mask
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 TOY_CLASSES = ("bars", "columns", "diagonals", "checks", "dots", "rings")
 TOY_SIZES = {"train": 600, "val": 150}
+RESERVED = {"background", "ignore", "void", "unlabeled", "unlabelled"}  # no classes, though labelling tools list them
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Datasets
+# Reading one file
 # ---------------------------------------------------------------------------------------------------------------------
 def mask_value(class_index):
     """Class index 0..C-1 -> mask value 1..C (0 is background). The only place where the two differ."""
     return class_index + 1
 
 
-def read_image(path):
-    """An RGB PIL image, fully decoded. Raises FileNotFoundError, or ValueError if the file is broken."""
+@contextmanager
+def reading(path, remedy):
+    """Whatever goes wrong while path is read becomes one error with the file, the reason and the remedy."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        yield
     except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image ({error}); fetch or extract it again") from error
+        raise FileNotFoundError(f"no file {path}: {remedy}") from None
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} cannot be read ({kind}{reason}): {remedy}") from error
 
 
-class VOCLayout:
-    """A folder laid out like VOC 2012: JPEGImages, Annotations, SegmentationClass, ImageSets/Segmentation/<split>.txt."""
+def read_text(path, remedy="save it as plain text in UTF-8"):
+    """The text of a file, with or without a byte-order mark."""
+    with reading(path, remedy):
+        return Path(path).read_text(encoding="utf-8-sig")
 
-    mean_size = 500
 
-    def __init__(self, folder, split, name, classes, remedy, shipped=None):
-        self.root, self.split, self.name, self.classes = Path(folder), split, str(name), tuple(classes)
-        need_folder(self.root / "JPEGImages", remedy)
-        self.list = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        if not self.list.is_file() and shipped is not None and shipped.is_file():
-            self.list = shipped
-        if not self.list.is_file():
-            raise FileNotFoundError(f"no split {split!r}: {self.list} does not exist; use train, val or another list there")
-        self.ids = read_text(self.list).split()
-        if unsafe := [n for n in self.ids if n != Path(n).name or "\\" in n]:
-            raise ValueError(f"{self.list} names {unsafe[0]!r}, which is not the plain name of an image")
-        have = {name[:-4] for name in os.listdir(self.root / "JPEGImages") if name.endswith(".jpg")}
-        if missing := [name for name in self.ids if name not in have]:
-            raise FileNotFoundError(
-                f"{self.list} names {len(missing)} images that are not in {self.root / 'JPEGImages'}, "
-                f"first {missing[0]!r}; complete the download, or put a shorter list in {self.root / 'ImageSets'}")
+def read_json(path, remedy):
+    with reading(path, remedy):
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+
+
+def read_image(path):
+    """A photograph as people see it: RGB, 8 bits, turned upright as its EXIF orientation says; a decoded PIL image."""
+    with reading(path, "replace the file, or take it off the list"), Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its mode {image.mode!r} has no fixed range, 8 or 16 bits a channel are needed")
+        return image.convert("RGB")
+
+
+@lru_cache(maxsize=1)
+def voc_colours():
+    """PASCAL VOC's colour map (256, 3) uint8: the bits of a value are spread over the high bits of R, G and B."""
+    def spread(value, channel):
+        return sum((value >> (3 * j + channel) & 1) << (7 - j) for j in range(3))
+
+    return np.array([[spread(value, channel) for channel in range(3)] for value in range(256)], np.uint8)
+
+
+def read_mask(path, num_classes=MOST_CLASSES, size=None):
+    """A mask as (H, W) uint8 in {0, 1..num_classes, 255}; size is the (H, W) it must have.
+
+    Raises FileNotFoundError, or ValueError on an unreadable file, another value or another size.
+    """
+    with reading(path, "a mask is an 8-bit PNG: 0 background, k for class k, 255 ignored"), Image.open(path) as image:
+        mask = mask_values(image, num_classes)
+        if (wrong := mask[(mask > num_classes) & (mask != IGNORE)]).size:
+            raise ValueError(f"it holds the value {wrong[0]}, allowed are 0..{num_classes} and {IGNORE}")
+    if size is not None and mask.shape != tuple(size):
+        raise ValueError(f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}")
+    return mask
+
+
+def mask_values(image, num_classes):
+    """The values (H, W) uint8 that a mask, as Pillow opened it, stands for.
+
+    Optimisers re-index palettes ([0, 3, 255] becomes [0, 1, 2] with the same colours), so colours that are all VOC's, or
+    all the grey levels of values, are taken for what they mean. Other palettes, which data sets choose for display, are
+    taken by index. Raises ValueError where only some of the colours are VOC's, for another value than their index.
+    """
+    if image.mode in ("L", "1"):
+        return np.array(image).astype(np.uint8)
+    if image.mode.startswith("I"):
+        values = np.array(image)
+        if values.max() > IGNORE:
+            raise ValueError(f"it holds the value {values.max()}, allowed are 0..{num_classes} and {IGNORE}")
+        return values.astype(np.uint8)
+    if image.mode == "P":
+        index, colours = np.array(image), np.reshape(image.getpalette("RGB"), (-1, 3))
+    elif image.mode in ("RGB", "RGBA"):
+        pixels = np.array(image.convert("RGB"))
+        colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+        index = index.reshape(pixels.shape[:2])
+    else:
+        raise ValueError(f"its mode {image.mode!r} holds no values")
+
+    used = np.bincount(index.ravel()).nonzero()[0].tolist()
+    colour_of = {i: tuple(colours[i].tolist()) if i < len(colours) else None for i in used}
+    allowed = (*range(num_classes + 1), IGNORE)
+    voc = {tuple(voc_colours()[value].tolist()): value for value in allowed}
+    grey = {(value, value, value): value for value in allowed}
+    for meaning in (voc, grey):
+        values = [meaning.get(colour_of[i]) for i in used]
+        said = None not in values and len(set(values)) == len(values)
+        if said and (meaning is voc or any(0 < value < IGNORE for value in values)):
+            table = np.zeros(max(used) + 1, np.uint8)
+            table[used] = values
+            return table[index]
+    for i in used:
+        value = voc.get(colour_of[i])
+        if image.mode != "P" or value not in (None, 0, i):
+            means = f"is VOC's for {value}" if value is not None else "is none of VOC's"
+            raise ValueError(f"the colour {colour_of[i]} {means}, others are not: save it in VOC's palette or as grey values")
+    return index.astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+class ImageSet:
+    """What the stages see of one split of a data set.
+
+    name, split, classes (C names), ids; source: the file that names the classes or lists the images. Subclasses give
+    image_path(id), mask(id) -> (H, W) uint8 and read_labels(id) -> class indices.
+    """
+
+    source = ""
 
     def image(self, name):
-        return read_image(self.root / "JPEGImages" / f"{name}.jpg")
+        return read_image(self.image_path(name))
 
     def labels(self, name):
-        """Indices of the classes in the image: every object of the XML, difficult ones included."""
-        path = self.root / "Annotations" / f"{name}.xml"
-        try:
-            names = [o.findtext("name") for o in ElementTree.parse(path).getroot().findall("object")]
-        except ElementTree.ParseError as error:
-            raise ValueError(f"{path} is not readable XML ({error})") from error
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing: image labels come from the XML of VOC's Annotations") from None
+        """Indices of the classes in an image, sorted; each annotation is read once."""
+        known = self.__dict__.setdefault("known_labels", {})
+        if name not in known:
+            known[name] = self.read_labels(name)
+        return known[name]
+
+    def label_vector(self, name):
+        """Image labels as (C,) float in {0, 1}."""
+        vector = torch.zeros(len(self.classes))
+        vector[self.labels(name)] = 1
+        return vector
+
+    def ground_truth_folders(self):
+        return []
+
+    def fingerprint(self):
+        """What classes, images and labels are recognised by when a run is resumed."""
+        content = [self.classes, [(name, self.labels(name)) for name in self.ids]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+class VOC(ImageSet):
+    """A folder laid out like VOC 2012: JPEGImages, Annotations (or labels.csv), SegmentationClass, ImageSets."""
+
+    def __init__(self, folder, split, name, classes, source):
+        self.root, self.split, self.name, self.classes, self.source = Path(folder), split, str(name), classes, source
+        images = self.root / "JPEGImages"
+        if not images.is_dir():
+            remedy = "add --download, or extract VOCtrainval_11-May-2012.tar under --data-root" if name == "VOC2012" else \
+                "it is part of the VOC layout"
+            raise FileNotFoundError(f"no folder {images}: {remedy} (see README)")
+        known = Image.registered_extensions()
+        self.files = {}  # name -> the image files of that name
+        for file in sorted(os.listdir(images)):
+            stem, extension = os.path.splitext(file)
+            if extension.lower() in known:
+                self.files.setdefault(stem, []).append(file)
+        self.list = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        shipped = Path(__file__).parent / "splits" / f"voc2012_{split}.txt"
+        if name == "VOC2012" and not self.list.is_file() and shipped.is_file():
+            self.list = shipped
+        if not self.list.is_file():
+            raise FileNotFoundError(f"no split {split!r}: {self.list} does not exist; it lists image names, one a line")
+        self.ids = [self.plain_name(line.strip(), self.list) for line in read_text(self.list).splitlines() if line.strip()]
+        self.table = self.read_table() if (self.root / "labels.csv").is_file() else None
+
+        if missing := [name for name in self.ids if name not in self.files]:
+            if missing[0].split()[-1] in ("1", "-1", "0"):
+                raise ValueError(f"{self.list} has the line {missing[0]!r}: it seems to be a list of one class, as in VOC's "
+                                 f"ImageSets/Main; put the image names alone")
+            raise FileNotFoundError(f"{self.list} names {len(missing)} images that are not in {images}, first {missing[0]!r}; "
+                                    f"complete the download, or put a shorter list in {self.root / 'ImageSets'}")
+        if twice := [files for files in map(self.files.get, self.ids) if len(files) > 1]:
+            raise ValueError(f"{images} holds {' and '.join(twice[0])}, two images of one name: rename or remove one")
+
+    def plain_name(self, name, path):
+        """An image's name as a list gives it, with or without a file extension."""
+        if name != Path(name).name or "\\" in name:
+            raise ValueError(f"{path} names {name!r}, which is not the plain name of an image")
+        stem, extension = os.path.splitext(name)
+        return stem if name not in self.files and extension.lower() in Image.registered_extensions() else name
+
+    def image_path(self, name):
+        return self.root / "JPEGImages" / self.files[name][0]
+
+    def read_table(self):
+        """labels.csv: image -> its class names, from lines of an image's name and one or more classes."""
+        path, table = self.root / "labels.csv", {}
+        for row in csv.reader(io.StringIO(read_text(path))):
+            cells = [cell.strip() for cell in row if cell.strip()]
+            if cells and not (not table and cells[0].lower() in ("name", "image", "file", "filename", "id")):
+                table.setdefault(self.plain_name(cells[0], path), []).extend(cells[1:])
+        return table
+
+    def read_labels(self, name):
+        """Every object of the image's XML, difficult ones included, or its classes in labels.csv."""
+        if self.table is not None:
+            path = self.root / "labels.csv"
+            names = self.table.get(name, [])
+        else:
+            path = self.root / "Annotations" / f"{name}.xml"
+            with reading(path, "image labels come from VOC's Annotations, or from labels.csv (see README)"):
+                objects = ElementTree.parse(path).getroot().findall("{*}object")
+                names = [(o.findtext("{*}name") or "").strip() for o in objects]
         if unknown := [n for n in names if n not in self.classes]:
-            raise ValueError(f"{path} names the class {unknown[0]!r}, which {self.name} does not have")
+            raise ValueError(f"{path} names the class {unknown[0]!r} in {name}, which {self.source} does not have")
         if not names:
-            raise ValueError(f"{path} names no object: an image without labels teaches nothing, drop it from {self.list}")
+            raise ValueError(f"{path} names no object in {name}: an image without labels teaches nothing, drop it from {self.list}")
         return sorted({self.classes.index(n) for n in names})
 
     def mask(self, name):
-        folders = ["SegmentationClass"] + ["SegmentationClassAug"] * (self.split == "trainaug")
+        folders = self.ground_truth_folders()[:1 + (self.split == "trainaug")]
         for folder in folders:
-            if (path := self.root / folder / f"{name}.png").is_file():
-                return read_mask(path)
-        raise FileNotFoundError(f"no ground truth for {name} in {' or '.join(str(self.root / f) for f in folders)}")
+            if (folder / f"{name}.png").is_file():
+                return read_mask(folder / f"{name}.png", len(self.classes))
+        raise FileNotFoundError(f"no ground truth {name}.png in {' or '.join(map(str, folders))}")
 
     def ground_truth_folders(self):
         return [self.root / "SegmentationClass", self.root / "SegmentationClassAug"]
 
 
-class VOC2012(VOCLayout):
-    """PASCAL VOC 2012. Splits: train (1,464), trainaug (10,582, masks of SBD), val (1,449)."""
+class COCO(ImageSet):
+    """MS COCO 2014 on its instance annotations. Splits train and val; images without objects are left out."""
 
-    def __init__(self, root, split, _cache=None):
-        super().__init__(Path(root) / "VOCdevkit" / "VOC2012", split, "VOC2012", VOC_CLASSES,
-                         "extract VOCtrainval_11-May-2012.tar under --data-root",
-                         Path(__file__).parent / "splits" / f"voc2012_{split}.txt")
-
-
-class COCO2014:
-    """MS COCO 2014 on its instance annotations, 80 classes. Splits: train, val (images with at least one object)."""
-
-    name, mean_size = "COCO2014", 640
+    name = "COCO2014"
 
     def __init__(self, root, split, cache=None):
         self.root, self.split, self.cache = Path(root) / "COCO2014", split, cache
+        self.folder, self.source = self.root / f"{split}2014", self.root / "annotations" / f"instances_{split}2014.json"
         if split not in ("train", "val"):
             raise FileNotFoundError(f"no split {split!r} in COCO 2014: use train or val")
-        need_folder(self.root / f"{split}2014", f"extract {split}2014.zip of cocodataset.org there")
-        self.json = self.root / "annotations" / f"instances_{split}2014.json"
-        record = read_json(self.json, "extract annotations_trainval2014.zip of cocodataset.org under COCO2014")
-        try:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"no folder {self.folder}: add --download, or extract {split}2014.zip there (see README)")
+        remedy = "it must be an instances file of COCO: add --download, or extract annotations_trainval2014.zip"
+        record = read_json(self.source, remedy)
+        with reading(self.source, remedy):
             categories = sorted((c["id"], c["name"]) for c in record["categories"])
             self.classes = tuple(name for _, name in categories)
             index = {identity: i for i, (identity, _) in enumerate(categories)}
-            self._size = {Path(i["file_name"]).stem: (i["height"], i["width"]) for i in record["images"]}
-            name_of = {i["id"]: Path(i["file_name"]).stem for i in record["images"]}
-            self._objects = defaultdict(list)  # image -> [(area, class index, segmentation)]
-            for a in record["annotations"]:
-                if a["category_id"] not in index:
-                    raise ValueError(f"{self.json}: annotation {a['id']} has the unknown category {a['category_id']}")
-                if a["image_id"] in name_of:
-                    self._objects[name_of[a["image_id"]]].append((a["area"], index[a["category_id"]], a["segmentation"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.json} is not a COCO instances file ({type(error).__name__}: {error})") from error
-        self.ids = sorted(self._objects)
-        self.without_objects = len(name_of) - len(self.ids)
-        if self.without_objects and not rank():
-            print(f"{self.json.name}: {self.without_objects} of {len(name_of)} images have no object and are left out")
-        have = {Path(name).stem for name in os.listdir(self.root / f"{split}2014")}
-        if missing := [name for name in self.ids if name not in have]:
-            raise FileNotFoundError(f"{self.json} names {len(missing)} images that are not in "
-                                    f"{self.root / f'{split}2014'}, first {missing[0]!r}; complete the download")
+            images = {i["id"]: i for i in record["images"]}
+            self.files = {i["id"]: (i["file_name"], (i["height"], i["width"])) for i in images.values()}
+            annotations = [(a.get("id"), a["image_id"], a["category_id"], a.get("segmentation")) for a in record["annotations"]]
+        self.collect(annotations, index)
 
-    def image(self, name):
-        return read_image(self.root / f"{self.split}2014" / f"{name}.jpg")
+    def collect(self, annotations, index):
+        """self.ids, and self.objects: image -> [(annotation id, class index, outline)]."""
+        if lost := [identity for identity, image, _, _ in annotations if image not in self.files]:
+            raise ValueError(f"{self.source}: {len(lost)} annotations belong to no image, first {lost[0]}: correct their image_id")
+        if lost := [(identity, category) for identity, _, category, _ in annotations if category not in index]:
+            raise ValueError(f"{self.source}: annotation {lost[0][0]} has the unknown category {lost[0][1]}")
+        objects = {}
+        for identity, image, category, outline in annotations:
+            objects.setdefault(image, []).append((identity, index[category], outline))
+        names = {image: Path(self.files[image][0]).stem for image in objects}
+        if twice := [n for n, count in Counter(names.values()).items() if count > 1]:
+            both = [self.files[image][0] for image, n in names.items() if n == twice[0]]
+            raise ValueError(f"{self.source} has two images of one name, {' and '.join(both[:2])}: rename one")
+        self.objects = {names[image]: found for image, found in objects.items()}
+        without, self.files = len(self.files) - len(names), {names[image]: self.files[image] for image in objects}
+        self.ids = sorted(self.objects)
+        if without and not rank():
+            print(f"{self.source.name}: {without} of {without + len(self.ids)} images have no object and are left out")
+        for name in self.ids:
+            path = Path(self.files[name][0])
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{self.source} names the file {str(path)!r}, which is not below {self.folder}")
+        if missing := [name for name in self.ids if not self.image_path(name).is_file()]:
+            raise FileNotFoundError(f"{self.source} names {len(missing)} images that are not in {self.folder}, first "
+                                    f"{self.files[missing[0]][0]!r}; complete the download")
 
-    def labels(self, name):
-        return sorted({index for _, index, _ in self._objects[name]})
+    def image_path(self, name):
+        return self.folder / self.files[name][0]
+
+    def read_labels(self, name):
+        return sorted({index for _, index, _ in self.objects[name]})
 
     def mask(self, name):
-        """The objects rasterised, smaller ones over larger ones, and cached as PNG where a cache folder is given."""
+        """The objects rasterised; cached as PNG where a cache folder is given."""
         if self.cache is None:
             return self.rasterise(name)
-        path = self.cached(name)
+        path = Path(self.cache) / self.split / f"{name}.png"
         if not path.is_file():
             write_mask(path, self.rasterise(name))
-        return read_mask(path)
-
-    def cached(self, name):
-        return Path(self.cache) / self.split / f"{name}.png"
+        return read_mask(path, len(self.classes))
 
     def cache_masks(self, workers):
-        """Rasterise every mask that is not cached yet, in worker processes; an interrupted call goes on where it was."""
-        missing, made = [name for name in self.ids if not self.cached(name).is_file()], 0
-        if not missing:
-            return
-        for count in DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all):
-            made += count
-            progress(f"{made}/{len(missing)} masks rasterised")
+        """Rasterise what is not cached yet, in worker processes; masks of another annotation file are made again."""
+        folder, content = Path(self.cache) / self.split, {"annotations": fingerprint(self.source)}
+        if folder.is_dir():
+            remedy = f"delete {folder}"
+            if not (folder / "made_from.json").is_file() or read_json(folder / "made_from.json", remedy) != content:
+                shutil.rmtree(folder)
+        write_json(folder / "made_from.json", content)
+        missing = [name for name in self.ids if not (folder / f"{name}.png").is_file()]
+        for done, _ in enumerate(DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all), 1):
+            progress(f"{min(64 * done, len(missing))}/{len(missing)} masks rasterised")
         progress("")
 
     def rasterise_all(self, names):
         for name in names:
             self.mask(name)
-        return len(names)
 
     def rasterise(self, name):
-        mask = np.zeros(self._size[name], np.uint8)
-        for _, index, segmentation in sorted(self._objects[name], key=lambda o: -o[0]):
-            try:
-                mask[draw_object(segmentation, *mask.shape)] = mask_value(index)
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{self.json}: an object of {name} has no readable outline ({error})") from error
+        """(H, W) uint8 mask of an image, objects of fewer pixels over those of more."""
+        mask, drawn = np.zeros(self.files[name][1], np.uint8), []
+        for identity, index, outline in self.objects[name]:
+            with reading(self.source, f"the outline of annotation {identity} ({name}) must be polygons or run lengths"):
+                drawn.append((draw_object(outline, *mask.shape), mask_value(index)))
+        for pixels, value in sorted(drawn, key=lambda one: -one[0].sum()):
+            mask[pixels] = value
         return mask
 
     def ground_truth_folders(self):
         return [Path(self.cache)] if self.cache else []
 
 
-def draw_object(segmentation, H, W):
+def draw_object(outline, H, W):
     """The pixels (H, W) bool of a COCO segmentation: a list of polygons, or run lengths (crowds).
 
-    A polygon has the pixels whose centre is inside. Pillow truncates corners and fills the edge, so it is drawn four times as
-    large, which leaves an eighth of a pixel too much.
+    A polygon has the pixels whose centre is inside, cut at the image's border. Pillow truncates corners and fills the
+    edge, so it is drawn four times as large, which leaves an eighth of a pixel too much.
     """
-    if isinstance(segmentation, dict):
-        return decode_rle(segmentation, H, W).astype(bool)
+    if isinstance(outline, dict):
+        return decode_rle(outline, H, W).astype(bool)
     mask = np.zeros((H, W), bool)
-    polygons = [np.reshape(p, (-1, 2)).astype(float).clip(0, (W, H)) for p in segmentation if len(p) >= 6]
-    if polygons:
-        points = np.concatenate(polygons)
-        if not np.isfinite(points).all():
-            raise ValueError("a coordinate is not a number")
-        (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
-        fine = Image.new("L", (4 * int(right - left), 4 * int(bottom - top)))
-        for polygon in polygons:
-            ImageDraw.Draw(fine).polygon([tuple(xy) for xy in 4 * (polygon - (left, top)) + 0.5], fill=1)
-        mask[top:bottom, left:right] = np.asarray(fine)[2::4, 2::4]
+    polygons = [np.reshape(p, (-1, 2)).astype(float) for p in outline if len(p) >= 6]
+    if not polygons:
+        return mask
+    points = np.concatenate(polygons)
+    if not (np.abs(points) < 1e6).all():
+        raise ValueError("a coordinate is not a number, or a million pixels away")
+    left, top = np.floor(points.min(0)).clip(0, (W, H)).astype(int)
+    right, bottom = np.ceil(points.max(0)).clip(0, (W, H)).astype(int)
+    fine = Image.new("L", (4 * int(right - left), 4 * int(bottom - top)))
+    for polygon in polygons:
+        corners = 4 * (polygon - (left, top)) + 0.5
+        ImageDraw.Draw(fine).polygon([tuple(xy) for xy in corners], fill=1)
+    mask[top:bottom, left:right] = np.asarray(fine)[2::4, 2::4]
     return mask
 
 
-def decode_rle(segmentation, H, W):
+def decode_rle(outline, H, W):
     """COCO run lengths (a list, or the compressed string), column by column, -> (H, W) uint8 in {0, 1}."""
-    counts = segmentation["counts"]
+    counts = outline["counts"]
     if isinstance(counts, str):  # 5 bits a character, bit 5: more follow; from the third count on, deltas to two before
         values, value, shift = [], 0, 0
         for character in counts.encode():
@@ -243,38 +406,38 @@ def decode_rle(segmentation, H, W):
                 values.append(value + (values[-2] if len(values) > 2 else 0))
                 value = shift = 0
         counts = values
-    if list(segmentation["size"]) != [H, W] or sum(counts) != H * W or min(counts, default=0) < 0:
-        raise ValueError(f"run lengths of {sum(counts)} pixels, size {segmentation['size']}, for an image of {H} x {W}")
+    if list(outline["size"]) != [H, W] or sum(counts) != H * W or min(counts, default=0) < 0:
+        raise ValueError(f"run lengths of {sum(counts)} pixels, size {outline['size']}, for an image of {H} x {W}")
     flat = np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts)
     return flat.reshape(W, H).T
 
 
-class Toy:
+class Toy(ImageSet):
     """64 x 64 images made on the fly: objects whose texture is the class, on clutter. Same index, same image.
 
     As in photographs, the class shows best in a part of the object (a textured badge on a plain body, whose hue hints at
     the class), several objects and classes share an image, and grey bodies without a badge are background.
     """
 
-    name, classes, mean_size = "toy", TOY_CLASSES, 64
+    name, classes = "toy", TOY_CLASSES
 
-    def __init__(self, root=None, split="train", _cache=None):
+    def __init__(self, split):
         if split not in TOY_SIZES:
             raise FileNotFoundError(f"no split {split!r} in toy: use {' or '.join(TOY_SIZES)}")
         self.split = split
         self.ids = [f"toy_{split}_{i:04d}" for i in range(TOY_SIZES[split])]
 
+    def image_path(self, name):
+        return name
+
     def image(self, name):
         return Image.fromarray(draw_toy(name)[0])
 
-    def labels(self, name):
+    def read_labels(self, name):
         return draw_toy(name)[2]
 
     def mask(self, name):
         return draw_toy(name)[1].copy()
-
-    def ground_truth_folders(self):
-        return []
 
 
 @lru_cache(maxsize=None)
@@ -325,7 +488,10 @@ def toy_colour(hue):
     return 135 + 95 * np.cos(hue - np.array([0, 2, 4]) * math.pi / 3)
 
 
-DATASETS = {"VOC2012": VOC2012, "COCO2014": COCO2014, "toy": Toy}
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening a data set
+# ---------------------------------------------------------------------------------------------------------------------
+DATASETS = ("VOC2012", "COCO2014", "toy")
 
 
 def training_split(data):
@@ -333,37 +499,12 @@ def training_split(data):
     return "trainaug" if data == "VOC2012" else "train"
 
 
-def read_classes(path):
-    """Class names of --classes, one a line."""
-    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not 1 <= len(names) <= 254 or len(set(names)) < len(names):
-        raise ValueError(f"{path} must name 1 to 254 different classes, one a line; it has {len(names)} lines, "
-                         f"{len(set(names))} of them different")
-    return tuple(names)
-
-
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file {path}") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not a readable text file ({error})") from error
-
-
-def open_split(args, split, cache=None):
-    """open_data with the command line's settings."""
-    dataset = open_data(args.data, args.data_root, split, args.limit, cache, args.classes)
-    dataset.options = same_data(args)
-    return dataset
-
-
 def open_data(data, root, split, limit=None, cache=None, classes=None):
-    """A dataset on one of its splits.
+    """One split of a data set, checked: an ImageSet.
 
     data: a name in DATASETS (under root), or a folder in VOC layout with its own classes, named in the file classes.
-    limit: only the first so many images. cache: folder for rasterised masks. Raises ValueError / FileNotFoundError on
-    an unknown data set or split, a missing folder, a list naming a missing image, limit < 1.
+    limit: only the first so many images. cache: folder for COCO's rasterised masks. Raises ValueError and
+    FileNotFoundError on whatever does not fit together.
     """
     if data not in DATASETS and not (Path(data).is_dir() and classes):
         raise ValueError(f"unknown data set {data!r}: use {', '.join(DATASETS)}, or a folder in VOC layout, with --classes "
@@ -372,33 +513,94 @@ def open_data(data, root, split, limit=None, cache=None, classes=None):
         raise ValueError(f"--classes {classes}: {data} has classes of its own; --classes goes with --data FOLDER")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: at least one image is needed")
-    if data in DATASETS:
-        dataset = DATASETS[data](root, split, cache)
+    if data == "VOC2012":
+        dataset = VOC(Path(root) / "VOCdevkit" / "VOC2012", split, data, VOC_CLASSES, "VOC 2012")
+    elif data == "COCO2014":
+        dataset = COCO(root, split, cache)
+    elif data == "toy":
+        dataset = Toy(split)
     else:
-        dataset = VOCLayout(data, split, data, read_classes(classes), "it is part of the VOC layout")
+        names = tuple(line.strip() for line in read_text(classes).splitlines() if line.strip())
+        check_classes(names, classes)
+        dataset = VOC(data, split, data, names, classes)
+    check_classes(dataset.classes, dataset.source)
     if not dataset.ids:
         raise ValueError(f"the split {split!r} of {data} is empty")
-    if len(set(dataset.ids)) < len(dataset.ids):
-        twice = next(n for n in dataset.ids if dataset.ids.count(n) > 1)
-        raise ValueError(f"the split {split!r} of {data} lists {twice!r} more than once")
+    if twice := [name for name, count in Counter(dataset.ids).items() if count > 1]:
+        raise ValueError(f"the split {split!r} of {data} lists {twice[0]!r} more than once")
     dataset.ids = dataset.ids[:limit]
     return dataset
 
 
-def need_folder(path, remedy):
-    if not path.is_dir():
-        raise FileNotFoundError(f"no folder {path}: {remedy} (see README), or point --data-root elsewhere")
+def check_classes(names, source):
+    """Class k of the list is value k of a mask, so 1 to 254 different names and no name for background or ignored."""
+    if not 1 <= len(names) <= MOST_CLASSES:
+        raise ValueError(f"{source} names {len(names)} classes: 1 to {MOST_CLASSES} fit in an 8-bit mask")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{source} names the class {twice[0]!r} more than once")
+    if reserved := [name for name in names if name.strip("_ ").lower() in RESERVED]:
+        raise ValueError(f"{source} lists {reserved[0]!r}, which is no class: value k of a mask is class k of the list, "
+                         f"0 is background and {IGNORE} ignored; take that line out")
 
 
-def label_vector(dataset, name):
-    """Image labels as (C,) float in {0, 1}."""
-    vector = torch.zeros(len(dataset.classes))
-    vector[dataset.labels(name)] = 1
-    return vector
+def open_split(args, split, like=None):
+    """open_data with the command line's settings; like: another split, which must have the same classes."""
+    dataset = open_data(args.data, args.data_root, split, args.limit, args.out / "masks", args.classes)
+    if like is not None:
+        need_same_classes(like.classes, like.source, dataset.classes, dataset.source)
+    return dataset
+
+
+def need_same_classes(one, one_source, other, other_source):
+    """Raises ValueError that names both sources and the first difference."""
+    one, other = list(one), list(other)
+    if one != other:
+        k = next(i for i in range(len(one) + len(other)) if one[i:i + 1] != other[i:i + 1])
+        names = [repr(classes[k]) if k < len(classes) else "missing" for classes in (one, other)]
+        raise ValueError(f"{one_source} and {other_source} disagree about the classes: class {k + 1} is {names[0]} in the "
+                         f"first, {names[1]} in the second")
+
+
+ARCHIVES = {  # data set -> where it goes under --data-root, and (address, MD5, folder, GB)
+    "VOC2012": ("VOCdevkit/VOC2012", [(*(DATASET_YEAR_DICT["2012"][key] for key in ("url", "md5")), ".", 2.0)]),
+    "COCO2014": ("COCO2014", [
+        ("http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+         "0a379cfc70b0e71301e0f377548639bd", "COCO2014", 0.25),
+        ("http://images.cocodataset.org/zips/val2014.zip", "a3d79f5ed8d289b7a7554ce06a5782b3", "COCO2014", 6.6),
+        ("http://images.cocodataset.org/zips/train2014.zip", "0da8c0bd3d6becc4dcb32757491aca88", "COCO2014", 13.5)])}
+
+
+def download(data, root):
+    """Fetch, check and extract a data set into the layout of the README; what is complete is left alone.
+
+    Archives are kept in <root>/download until all are extracted there; only then does the data set take its place, so
+    that half of it is never taken for all. Raises ValueError and OSError with the remedy.
+    """
+    if data not in ARCHIVES:
+        raise ValueError(f"--download: {data} is not to be had there; it goes with --data {' or '.join(ARCHIVES)}")
+    place, archives = ARCHIVES[data]
+    target, partial_folder = Path(root) / place, Path(root) / "download"
+    if target.is_dir():
+        return
+    size = sum(gigabytes for *_, gigabytes in archives)
+    print(f"{data}: {size:.1f} GB to download into {partial_folder}, as much again to extract", flush=True)
+    partial_folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(partial_folder).free) < 2 * size * 1e9:
+        raise OSError(f"{partial_folder} has {free / 1e9:.1f} GB free, {data} takes {2 * size:.1f}: make room, or give "
+                      f"another --data-root")
+    for address, md5, folder, _ in archives:
+        try:
+            download_and_extract_archive(address, partial_folder, partial_folder / "extracted" / folder, md5=md5)
+        except (RuntimeError, OSError, EOFError) as error:  # torchvision: a wrong checksum is a RuntimeError
+            raise OSError(f"{address} could not be fetched ({error}): try again, or extract it under {root} yourself "
+                          f"(see README)") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(partial_folder / "extracted" / place, target)
+    shutil.rmtree(partial_folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading and transforms. Images travel as uint8 and are normalised on the device.
+# Loading. Images travel as uint8 and are normalised on the device.
 # ---------------------------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=None)
 def per_channel(values, device):
@@ -423,144 +625,89 @@ def mirrored_views(images, scale, multiple):
     return F.pad(both, [0, -w % multiple, 0, -h % multiple], mode="replicate"), (h, w)
 
 
-def noise_patch(pixels):
-    """Random erasing of the release: with probability 0.25, 2 to 33 % of the area becomes noise (uint8 in and out)."""
-    to_noise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.45] * 3, [0.225] * 3),
-                           v2.RandomErasing(0.25, value="random"), v2.Normalize([-2.0] * 3, [1 / 0.225] * 3)])
-    return v2.functional.to_dtype(to_noise(pixels).clamp(0, 1), torch.uint8, scale=True)
+@lru_cache(maxsize=None)
+def say_once(text):
+    print(text, flush=True)
 
 
-AUGMENTATIONS = {
-    "jitter": lambda size: [
-        v2.RandomResizedCrop(size, scale=(0.3, 1)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4),
-        v2.PILToTensor()],
-    "jitter-8": lambda size: [
-        v2.RandomResizedCrop(size, scale=(0.08, 1)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4),
-        v2.PILToTensor()],
-    "release": lambda size: [
-        v2.RandomResizedCrop(size, scale=(0.08, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-        *[v2.RandomApply([v2.RandAugment(1, magnitude=27)], 0.5)] * 2,
-        v2.PILToTensor(), v2.Lambda(noise_patch)],
-}
+def shrink(pixels, max_side):
+    """pixels (3, H, W) uint8, made smaller if a side is longer than max_side: memory grows with a side's fourth power."""
+    H, W = pixels.shape[-2:]
+    if max(H, W) <= max_side:
+        return pixels
+    say_once(f"photographs are shrunk to {max_side} px (--max-side) and their masks enlarged again")
+    scale = max_side / max(H, W)
+    return TF.resize(pixels, [max(1, round(H * scale)), max(1, round(W * scale))], antialias=True)
 
 
-class ClassificationSet(Dataset):
-    """(image (3, size, size) uint8, labels (C,)) by (index, seed): augmented, or (augment None) squeezed to a square."""
-
-    def __init__(self, dataset, size, augment=None):
-        self.dataset = dataset
-        self.transform = v2.Compose(AUGMENTATIONS[augment](size) if augment else [v2.Resize((size, size)), v2.PILToTensor()])
-        self.labels = torch.stack([label_vector(dataset, name) for name in dataset.ids])  # read, and checked, up front
-
-    def __len__(self):
-        return len(self.dataset.ids)
-
-    def __getitem__(self, key):
-        index, seed = key
-        image = self.dataset.image(self.dataset.ids[index])
-        with seeded(seed):
-            return self.transform(image), self.labels[index]
-
-
-class SegmentationSet(Dataset):
-    """(image (3, size, size) uint8, mask (size, size) int64) with joint scale, flip and crop; padding is 255."""
-
-    def __init__(self, dataset, masks, size):
-        self.dataset, self.masks = dataset, Path(masks)
-        self.transform = v2.Compose([
-            v2.ScaleJitter((size, size), scale_range=(0.5, 2.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 124, tv_tensors.Mask: IGNORE}),
-        ])
-
-    def __len__(self):
-        return len(self.dataset.ids)
-
-    def __getitem__(self, key):
-        index, seed = key
-        name = self.dataset.ids[index]
-        image, path = self.dataset.image(name), self.masks / f"{name}.png"
-        mask = read_mask(path, image.size[::-1])
-        if (bad := mask[(mask > len(self.dataset.classes)) & (mask != IGNORE)]).size:
-            raise ValueError(f"{path} holds the value {bad[0]}: {self.dataset.name} has 0..{len(self.dataset.classes)}")
-        with seeded(seed):
-            image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(mask)))
-        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long()
+def enlarge(mask, size):
+    """A mask (h, w) at another size (H, W), by nearest neighbour; what shrink did, undone."""
+    if mask.shape == tuple(size):
+        return mask
+    return F.interpolate(mask[None, None].float(), size=tuple(size), mode="nearest-exact")[0, 0].to(mask.dtype)
 
 
 @contextmanager
 def seeded(seed):
     """Random transforms inside depend on seed alone, not on the worker, the order or what ran before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    before = torch.get_rng_state()  # of the CPU: a GPU's generator, on which drop-path depends, is left alone
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)
 
 
-class EpochSampler:
-    """Yields (index, seed) in an order, and with seeds, that depend on (seed, epoch) alone: call set_epoch.
-
-    Only whole batches of batch; of each, this process's share (all of it, unless torchrun started several).
-    """
-
-    def __init__(self, length, seed, batch=1):
-        self.length, self.seed, self.batch, self.epoch = length, seed, batch, 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.length // self.batch * (self.batch // world())
+class EpochSampler(DistributedSampler):
+    """(index, seed) in an order, and with seeds, that depend on (seed, epoch) alone: call set_epoch."""
 
     def __iter__(self):
-        rng = random.Random(f"{self.seed}/{self.epoch}")
-        order = list(range(self.length))
-        rng.shuffle(order)
-        keys = [(index, rng.getrandbits(62)) for index in order][:self.length // self.batch * self.batch]
-        share = self.batch // world()
-        return iter([key for i, key in enumerate(keys) if i % self.batch // share == rank()])
+        for index in super().__iter__():
+            yield index, random.Random(f"{self.seed}/{self.epoch}/{index}").getrandbits(62)
 
 
 def train_loader(samples, batch, seed, workers, device):
     """A shuffling DataLoader; call loader.sampler.set_epoch(e) before each epoch. The last short batch is dropped.
 
-    batch is that of all processes together. The generator of its own keeps it from drawing on the global one, on which
-    drop-path and dropout depend.
+    batch is that of all processes together; each gets its share. The loader's own generator keeps it from drawing on the
+    global one, on which drop-path and dropout depend.
     """
     if batch < 1 or batch > len(samples):
         raise ValueError(f"--batch {batch} with {len(samples)} images: it must be between 1 and the number of images")
     if batch % world():
         raise ValueError(f"--batch {batch} is shared by {world()} processes: it must be a multiple of {world()}")
-    return DataLoader(samples, batch // world(), sampler=EpochSampler(len(samples), seed, batch), num_workers=workers,
+    sampler = EpochSampler(samples, world(), rank(), seed=100_003 * seed, drop_last=True)
+    return DataLoader(samples, batch // world(), sampler=sampler, num_workers=workers, drop_last=True,
                       pin_memory=device.type == "cuda", persistent_workers=workers > 0, generator=torch.Generator())
 
 
-class Photographs(Dataset):
-    """(name, image (3, H, W) uint8) of some images of a data set, at their own size."""
-
-    def __init__(self, dataset, names):
-        self.dataset, self.names = dataset, names
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        return self.names[index], TF.pil_to_tensor(self.dataset.image(self.names[index]))
+def read_photograph(dataset, name):
+    return name, TF.pil_to_tensor(dataset.image(name))
 
 
 def photographs(dataset, names, workers, device):
-    """Iterates over Photographs one by one, in order, decoded ahead by worker processes if a GPU does the other work."""
-    return DataLoader(Photographs(dataset, names), batch_size=None, num_workers=workers if device.type == "cuda" else 0,
-                      generator=torch.Generator())
+    """(name, image (3, H, W) uint8) one by one, in order, decoded ahead by workers if a GPU does the other work."""
+    workers = workers if device.type == "cuda" else 0
+    return DataLoader(names, batch_size=None, num_workers=workers, generator=torch.Generator(),
+                      collate_fn=partial(read_photograph, dataset))
 
 
-def plain_loader(samples, batch, workers):
-    """Every sample once, in order."""
-    return DataLoader(samples, batch, sampler=[(index, 0) for index in range(len(samples))], num_workers=workers,
-                      generator=torch.Generator())
+def photo_files(paths):
+    """The image files among paths and in the folders among them. Raises FileNotFoundError / ValueError if there are none."""
+    known, files = Image.registered_extensions(), []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"no photograph or folder {path}: give files or folders that are there")
+        files += sorted(f for f in path.iterdir() if f.suffix.lower() in known) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"no image that Pillow reads in {', '.join(map(str, paths))}")
+    if twice := [stem for stem, count in Counter(f.stem for f in files).items() if count > 1]:
+        raise ValueError(f"two photographs are called {twice[0]!r}: their masks would overwrite each other, rename one")
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Artefacts: one writer, one reader each
+# The files of a run: one writer, one reader each
 # ---------------------------------------------------------------------------------------------------------------------
 @contextmanager
 def replacing(path):
@@ -581,35 +728,31 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-@lru_cache(maxsize=1)
-def palette():
-    """The PASCAL VOC colour map as 768 ints: bits of the index spread over the high bits of R, G, B."""
-    spread = lambda index, channel: sum((index >> (3 * j + channel) & 1) << (7 - j) for j in range(3))
-    return [spread(index, channel) for index in range(256) for channel in range(3)]
+def write_picture(path, image):
+    """A PIL image as PNG or JPEG, by the path's suffix."""
+    with replacing(path) as temporary:
+        image.save(temporary, format={".png": "PNG", ".jpg": "JPEG"}[Path(path).suffix])
 
 
 def write_mask(path, mask):
     """(H, W) uint8 -> palette PNG (0 background, 1..C, 255 ignore)."""
     image = Image.fromarray(np.asarray(mask, np.uint8))
-    image.putpalette(palette())
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+    image.putpalette(voc_colours().ravel().tolist())
+    write_picture(path, image)
 
 
-def read_mask(path, size=None):
-    """A mask as (H, W) uint8. size: the (H, W) it must have. Raises FileNotFoundError / ValueError."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise ValueError(f"mode {image.mode}, but masks are 8-bit palette or grey")
-            mask = np.array(image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable mask ({error})") from error
-    if size is not None and mask.shape != tuple(size):
-        raise ValueError(f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image is {size[0]} x {size[1]}")
-    return mask
+def write_overlay(path, pixels, colours, legend):
+    """A photograph (3, H, W) uint8 under colours (H, W, 3) uint8, its class names (name -> colour) below, as JPEG."""
+    photo = pixels.permute(1, 2, 0).numpy()
+    mixed = Image.fromarray((0.5 * photo + 0.5 * colours).astype(np.uint8))
+    sheet = Image.new("RGB", (max(mixed.width, 8 + max(map(len, legend), default=0) * 7), mixed.height + 16 * len(legend)), "white")
+    sheet.paste(mixed)
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, colour) in enumerate(legend.items()):
+        top = mixed.height + 16 * i
+        draw.rectangle((4, top + 3, 14, top + 13), fill=tuple(map(int, colour)))
+        draw.text((20, top + 2), name, fill="black")
+    write_picture(path, sheet)
 
 
 def write_cam(path, class_ids, cam, size):
@@ -621,25 +764,19 @@ def write_cam(path, class_ids, cam, size):
 
 def read_cam(path):
     """-> class_ids (K,) int64 tensor, cam (K, h, w) float32 tensor, (H, W)."""
-    try:
-        with np.load(path, allow_pickle=False) as record:
-            class_ids, cam, (H, W) = record["class_ids"], record["cam"], record["size"]
-            assert cam.ndim == 3 and len(class_ids) == len(cam)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable CAM file ({type(error).__name__}: {error}); delete it and run "
-                         f"refine.py --resume") from error
-    return torch.from_numpy(class_ids.astype(np.int64)), torch.from_numpy(cam.astype(np.float32)), (int(H), int(W))
+    with reading(path, "delete it and run refine.py --resume"), np.load(path, allow_pickle=False) as record:
+        class_ids, cam, (H, W) = record["class_ids"], record["cam"], record["size"]
+        if cam.ndim != 3 or len(class_ids) != len(cam):
+            raise ValueError(f"{len(class_ids)} classes and maps {cam.shape}")
+        return torch.from_numpy(class_ids.astype(np.int64)), torch.from_numpy(cam.astype(np.float32)), (int(H), int(W))
 
 
-def read_json(path, remedy):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file {path}: {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); {remedy}") from error
+def need_files(folder, ids, suffix, command):
+    """Raises FileNotFoundError that counts and names the ids without a file in folder."""
+    missing = [name for name in ids if not (folder / f"{name}{suffix}").is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(ids)} files are missing in {folder}: "
+                                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; make them with  {command}")
 
 
 def write_json(path, value):
@@ -672,102 +809,97 @@ def log_line(folder, record):
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
 
 
-def write_checkpoint(path, state):
+def read_log(folder):
+    """The records of a stage's log."""
+    path = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in read_text(path).splitlines()] if path.is_file() else []
+
+
+SECONDS_BETWEEN_CHECKPOINTS = 60  # at least: a large model's takes a second, a GPU's epoch hardly more
+
+
+def write_checkpoint(path, checkpoint):
     """Plain types and tensors only, so that read_checkpoint can refuse everything else."""
     if rank():
         return
     buffer = io.BytesIO()
-    torch.save(state, buffer)  # straight to a file, a full disk would end in an error of zip's innards
+    torch.save(checkpoint, buffer)  # straight to a file, a full disk would end in an error of zip's innards
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())  # on the disk before it takes the old one's place
 
 
-def read_checkpoint(path, stage, data=None, classes=None, options=None):
+def read_checkpoint(path, stage, dataset=None, options="--data VOC2012"):
     """A checkpoint of stage ("cls" or "seg"), on the CPU.
 
-    data: name of the data set it must be of; classes: its classes; options: same_data of the command line, for messages.
+    dataset: whose name and classes it must have; options: same_data of the command line, for messages.
     Raises FileNotFoundError with the command that makes it; ValueError if unreadable or of something else.
     """
-    command, options = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage], options or f"--data {data or 'VOC2012'}"
+    command = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage]
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}: make it with  python {command} {options} "
-                                f"--out {Path(path).parent.parent}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        config = state["config"]
-        if state["stage"] != stage:
-            raise ValueError(f"it is of stage {state['stage']!r}, not {stage!r}")
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of {command} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
-    if data is not None and Path(config["data"]).name != Path(data).name:
-        raise ValueError(f"{path} was trained on {config['data']}, not on {data}: give the --out of a {data} run")
-    if classes is not None and list(classes) != config["classes"]:
-        raise ValueError(f"{path} was trained on the classes {', '.join(config['classes'])}; now they are {', '.join(classes)}")
-    return state
+                                f"--out {quoted(Path(path).parent.parent)}")
+    with reading(path, f"it must be a checkpoint that {command} wrote"):
+        if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            raise ValueError(f"it wants to run code ({code[0]}), which is refused: load it where you trust it and save plain "
+                             f"dicts, numbers and tensors alone")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = checkpoint["config"]
+        if checkpoint["stage"] != stage:
+            raise ValueError(f"it is of stage {checkpoint['stage']!r}, not {stage!r}")
+        classes, name = config["classes"], Path(config["data"]).name
+    if dataset is not None:
+        if name != Path(dataset.name).name:
+            raise ValueError(f"{path} was trained on {config['data']}, not on {dataset.name}: give the --out of such a run")
+        need_same_classes(classes, path, dataset.classes, dataset.source or dataset.name)
+    return checkpoint
 
 
 def fingerprint(path):
-    """What a file's content is recognised by in args.json: the first 16 digits of its SHA-256."""
+    """What a file's content is recognised by: the first 16 digits of its SHA-256."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Profiling
-# ---------------------------------------------------------------------------------------------------------------------
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # bfloat16, dense, by the maker's data sheets
+FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "out", "data_root", "profile", "download", "predict_split"}
+PATHS = {"data", "classes", "masks", "branch_from", "pretrained"}  # flags that name a file or folder, if it is there
 
 
-def no_mark(phase):
-    """What stands in for a Stopwatch when nobody wants the time."""
+def prepare_folder(folder, args, dataset, **made_from):
+    """Make a stage's folder and its args.json.
 
-
-class Stopwatch:
-    """Seconds by phase: calling it with a name ends the phase of that name, waiting for the GPU first."""
-
-    def __init__(self, device):
-        self.device = device
-        self.reset()
-
-    def reset(self):
-        self.seconds, self.last = defaultdict(float), time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def __call__(self, phase):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase] += now - self.last
-        self.last = now
-
-    def table(self, steps, batch=1, flops=None):
-        """Print milliseconds a step by phase, images/s, peak memory and (flops: of the model, a step) utilisation.
-
-        Memory is the most allocated on the GPU since reset(), or, on a CPU, the most this process ever had.
-        Returns images/s.
-        """
-        total = sum(self.seconds.values())
-        for phase, seconds in self.seconds.items():
-            print(f"  {phase:<12} {1e3 * seconds / steps:9.1f} ms  {100 * seconds / total:4.0f} %")
-        rate = steps * batch / total
-        print(f"  {'together':<12} {1e3 * total / steps:9.1f} ms  {rate:.1f} images/s  peak memory {peak_memory(self.device):.0f} MiB")
-        if flops:
-            tera = flops * steps / total / 1e12
-            name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-            peak = next((p for key, p in PEAK_TFLOPS.items() if key in name), None)
-            print(f"  {name}: {tera:.2f} TFLOP/s of the model" + (f", {100 * tera / peak:.1f} % of {peak}" if peak else ""))
-        return rate
-
-
-def peak_memory(device):
-    """MiB: most allocated on a GPU since the last reset, or on a CPU the most this process ever had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    A folder in use needs --resume (same settings, same images and labels, made from the same files: made_from, name ->
+    path; else ValueError) or --overwrite (its files are deleted). Of several processes one does it and the others wait.
+    """
+    if rank():
+        return wait_for_all()
+    folder, settings = Path(folder), {}
+    for key, value in vars(args).items():
+        if key in PATHS and value and Path(value).exists():
+            value = Path(value).resolve()
+        if key not in FREE_TO_CHANGE:
+            settings[key] = str(value) if isinstance(value, Path) else value
+    settings["class_names"] = list(dataset.classes)
+    settings["made_from"] = {"images and labels": dataset.fingerprint(),
+                             **{what.replace("_", "-"): fingerprint(path) for what, path in made_from.items()}}
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and args.resume and (folder / "args.json").is_file():
+        before = read_json(folder / "args.json", "delete the folder to start again")
+        for what, content in settings["made_from"].items():
+            if before.get("made_from", {}).get(what) != content:
+                raise ValueError(f"--resume in {folder}, but the {what} changed since: start again with --overwrite")
+        if changed := [k for k in settings if before.get(k) != settings[k]]:
+            raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was {before.get(changed[0])!r}, "
+                             f"now {settings[changed[0]]!r}; repeat the settings or use another --out")
+        for half_written in folder.glob(".*.tmp"):  # by a process that was killed
+            half_written.unlink()
+    elif used and args.overwrite:
+        shutil.rmtree(folder)
+    elif used and not args.resume:
+        raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, or choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "args.json", settings)
+    wait_for_all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -792,18 +924,10 @@ def join(device):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # hours, because in stages 2 and 3 the fast processes wait for the slow ones at the end
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12),
+                                device_id=device if device.type == "cuda" else None)
         atexit.register(dist.destroy_process_group)
-        sys.excepthook = end_at_once
     return device
-
-
-def end_at_once(kind, error, trace):
-    """Print an error and leave without good-byes: those would wait for processes that wait for this one."""
-    traceback.print_exception(kind, error, trace)
-    sys.stdout.flush()  # os._exit does not
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def wait_for_all():
@@ -822,29 +946,115 @@ def distributed(model, device):
     """The model as it is, or in DistributedDataParallel (with batch statistics over all GPUs)."""
     if world() == 1:
         return model
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return torch.nn.parallel.DistributedDataParallel(model, [device.index] if cuda else None, broadcast_buffers=not cuda)
+
+
+def run(main):
+    """Call a stage's main: an error of the user is one line and exit code 2, a fault of the program a traceback.
+
+    Of several processes the one that fails ends at once: good-byes would wait for those that wait for it.
+    """
+    try:
+        return main()
+    except BrokenPipeError:  # of a reader such as head, who has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    (os._exit if world() > 1 else sys.exit)(code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line that all stages share
 # ---------------------------------------------------------------------------------------------------------------------
-def common_arguments(parser):
-    add = parser.add_argument
-    add("--data", default="VOC2012", help=f"{', '.join(DATASETS)}, or a folder in VOC layout (with --classes)")
+def argument_parser(description):
+    """A parser with the flags that mean the same in every script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+        prog, max_help_position=28, width=110))
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="VOC2012", help=f"{', '.join(DATASETS)}, or a folder in VOC layout, with --classes")
     add("--classes", metavar="FILE", help="for --data FOLDER: its class names, one a line")
-    add("--data-root", default="data", help="folder that holds VOCdevkit/VOC2012 or COCO2014")
-    add("--out", help="output folder (default runs/<data>)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
+    add("--data-root", default="data", metavar="DIR", help="holds VOCdevkit/VOC2012 or COCO2014 (default data)")
+    add("--limit", type=int, metavar="N", help="use only the first N images of each split")
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--out", metavar="DIR", help="output folder (default runs/<data>)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda if there is one")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of matrix products and convolutions (auto: bfloat16 where the device has it natively)")
-    add("--deterministic", action="store_true", help="on CUDA: only operations that give the same bits again (a CPU always does)")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load images (and, of COCO, draw masks)")
-    add("--limit", type=int, help="use only the first so many images of each split")
+        help="of matrix products; auto: bfloat16 where the device has it natively")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load images")
+    add("--seed", type=int, default=0)
+    add("--deterministic", action="store_true", help="on CUDA: the same bits again (a CPU always gives them)")
+    return parser
+
+
+def resuming_arguments(parser):
+    add = parser.add_argument
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
     add("--overwrite", action="store_true", help="replace what an earlier run wrote")
+
+
+def start(args):
+    """The device, after checking that it is there; sets the seed, args.out and args.precision."""
+    args.out = Path(args.out or Path("runs") / Path(args.data).resolve().name)
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except Exception as error:  # each backend has its own way to say that it is not there
+        raise ValueError(f"--device {args.device}: not there, or unknown to this torch ({str(error).splitlines()[0]}); use "
+                         f"cpu, or cuda with an NVIDIA GPU and a CUDA build of torch") from error
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
+    if args.precision == "auto":
+        tiny = args.data == "toy"  # no faster in bfloat16
+        args.precision = "bfloat16" if native_bfloat16(device) and not tiny else "float32"
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return join(device)
+
+
+def native_bfloat16(device):
+    """Whether the device multiplies bfloat16 natively, so that it is the faster precision."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast(device, precision):
+    """Matrix products and convolutions in precision, "bfloat16" or "float32"; the rest stays float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def quoted(path):
+    """A path as a shell wants it, for printed commands."""
+    return shlex.quote(str(path))
+
+
+def same_data(args):
+    """The part of a command line that names the data, for messages."""
+    words = ["--data", args.data]
+    if args.classes:
+        words += ["--classes", args.classes]
+    if args.data_root != "data":
+        words += ["--data-root", args.data_root]
+    return shlex.join(map(str, words))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --profile N
+# ---------------------------------------------------------------------------------------------------------------------
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # bfloat16, dense, by the maker's data sheets
 
 
 def profile_steps(text):
@@ -856,72 +1066,46 @@ def profile_steps(text):
     return int(text)
 
 
-def start(args):
-    """The device, after checking that it is there; sets the seed and args.out."""
-    args.out = Path(args.out or Path("runs") / Path(args.data).resolve().name)
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {args.device}: not a device ({str(error).splitlines()[0]})") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this torch sees no CUDA GPU; use --device cpu or install a CUDA build")
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
-    if args.precision == "auto":
-        args.precision = "bfloat16" if native_bfloat16(device) else "float32"
-    torch.manual_seed(args.seed)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return join(device)
+def profile(step, steps, device, images=1, flops=None):
+    """Call step(i) so many times and print its phases (torch.profiler.record_function), memory and images/s.
 
-
-def same_data(args):
-    """The part of a command line that names the data, for messages."""
-    return " ".join([f"--data {args.data}", *([f"--classes {args.classes}"] if args.classes else []),
-                     *([f"--data-root {args.data_root}"] if args.data_root != "data" else [])])
-
-
-def prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "cache_gb", "profile")):
-    """Make a stage's folder and its args.json.
-
-    A folder in use needs --resume (same settings, and made from the same: args.made_from, fingerprints by name; else
-    ValueError) or --overwrite (its files are deleted). Of several processes one does it and the others wait.
+    images: of a step; flops: of a step's model, for its utilisation. The phases are timed in a run of their own, since
+    the profiler slows small operations down. Returns images/s.
     """
-    if rank():
-        return wait_for_all()
-    folder = Path(folder)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in keep}
-    used = folder.is_dir() and any(folder.iterdir())
-    if used and args.resume and (folder / "args.json").is_file():
-        before = read_json(folder / "args.json", "delete the folder to start again")
-        for what, content in settings.get("made_from", {}).items():
-            if before.get("made_from", {}).get(what) != content:
-                raise ValueError(f"--resume in {folder}, but the {what} changed since: start again with --overwrite")
-        if changed := [k for k in settings if before.get(k) != settings[k]]:
-            raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was {before.get(changed[0])!r}, "
-                             f"now {settings[changed[0]]!r}; repeat the settings or use another --out")
-        for half_written in folder.glob(".*.tmp"):  # by a process that was killed
-            half_written.unlink()
-    elif used and args.overwrite:
-        shutil.rmtree(folder)
-    elif used and not args.resume:
-        raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "args.json", settings)
-    wait_for_all()
+    for i in range(2):
+        step(i)
+    if cuda := device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for i in range(steps):
+        step(2 + i)
+    if cuda:
+        torch.cuda.synchronize(device)
+    seconds = (time.perf_counter() - begin) / steps
+    memory = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else peak_memory()
+
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as profiler:
+        for i in range(steps):
+            step(2 + steps + i)
+    phases = {}
+    for event in profiler.key_averages():
+        if event.is_user_annotation and "#" not in event.key:  # "Optimizer.step#AdamW.step" and the like are torch's own
+            phases[event.key] = max(phases.get(event.key, 0), event.device_time_total if cuda else event.cpu_time_total)
+    for name, microseconds in phases.items():
+        print(f"  {name:<12} {microseconds / 1e3 / steps:9.1f} ms  {100 * microseconds / sum(phases.values()):4.0f} %")
+    print(f"  {'together':<12} {1e3 * seconds:9.1f} ms  {images / seconds:.1f} images/s  peak memory {memory:.0f} MiB")
+    if flops:
+        name = torch.cuda.get_device_name(device) if cuda else "CPU"
+        peak = next((p for key, p in PEAK_TFLOPS.items() if key in name), None)
+        tera = flops / seconds / 1e12
+        print(f"  {name}: {tera:.2f} TFLOP/s of the model" + (f", {100 * tera / peak:.1f} % of {peak}" if peak else ""))
+    return images / seconds
 
 
-def autocast(device, precision):
-    """Matrix products and convolutions in precision, "bfloat16" or "float32"; everything else stays float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+def peak_memory():
+    """The most memory (MiB) that this process ever had."""
+    import resource  # not on Windows
 
-
-def native_bfloat16(device):
-    """Whether the device multiplies bfloat16 natively, so that it is the faster precision."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

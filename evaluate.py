@@ -1,13 +1,18 @@
-"""Stage 4: mIoU of seeds, pseudo-masks and predictions; how well each layer's affinity refines.
+"""Stage 4: mIoU of seeds, pseudo-masks and predictions; how well each layer's affinity refines; pictures; tables.
 
-Reads  ground truth (nothing else does) and what --what names: <out>/cam, <out>/pseudo, <out>/pred/<split>, or, for
-       layers, <out>/cls/last.pt.
-Writes a record to <out>/results.json; layers also <out>/layers.json and layers.png, demo <out>/demo.png, --worst worst.png.
-Run    python evaluate.py --data VOC2012 --what pred --split val
-Expect on 1 CPU thread, --what layers, DeiT-Tiny, VOC at 320 px, one scale: 3.7 images/s (2026-11-22).
+Reads  ground truth (nothing else does) and what --what names:
+       cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
+       layers              <out>/cls/last.pt: the seed refined by each layer, and its state (--before: beside it)
+       pictures            the first images of the split, from photo to prediction (--before: and before AReAM)
+       demo                table and pictures of two finished runs, --before (plain) and --out
+       study               the records of many runs, as tables (--records)
+       submission          <out>/pred/<split> packed for the VOC server
+Writes a record to <out>/results.json; <out>/layers.{json, png}, pictures.png, worst.png, comp6_<split>_cls.tgz.
+Run    python evaluate.py --data VOC2012 --what pred
+Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: EXPECT images/s.
 """
-import argparse
-import json
+import math
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2 import functional as TF
 
 import aream
 import data
@@ -99,71 +104,62 @@ def rank_correlation(table, state, threshold):
     refined by that layer alone, as re-activation weights presume; near 0: entropy says nothing.
     """
     miou = [table[f"layer {l}"][threshold] for l in range(len(state["entropy"]))]
-    one, other = (np.argsort(np.argsort(v)) for v in (state["entropy"], miou))  # ranks
-    return float(np.corrcoef(one, other)[0, 1])
+    ranks = [np.argsort(np.argsort(values)) for values in (state["entropy"], miou)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What can be evaluated
+# Counting over a split
 # ---------------------------------------------------------------------------------------------------------------------
-def need_files(folder, ids, suffix, command):
-    """Raises FileNotFoundError that counts and names the ids without a file in folder."""
-    missing = [name for name in ids if not (folder / f"{name}{suffix}").is_file()]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(ids)} files are missing in {folder}: "
-                                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; make them with  {command}")
-
-
-def target_of(dataset, name, size=None):
+def target_of(dataset, name, size, other):
+    """An image's ground truth (H, W) as a tensor; other: the file whose (H, W) it must equal."""
     mask = dataset.mask(name)
-    if (bad := mask[(mask > len(dataset.classes)) & (mask != data.IGNORE)]).size:
-        raise ValueError(f"the ground truth of {name} holds {bad[0]}: {dataset.name} has 0..{len(dataset.classes)} and 255")
-    if size is not None and mask.shape != tuple(size):
-        raise ValueError(f"{name}: the ground truth is {mask.shape[0]} x {mask.shape[1]} pixels, "
-                         f"the prediction {size[0]} x {size[1]}")
+    if mask.shape != tuple(size):
+        raise ValueError(f"{name}: the ground truth is {mask.shape[0]} x {mask.shape[1]} pixels, {other} {size[0]} x {size[1]} "
+                         f"(a photograph turned upright by its EXIF orientation needs its mask upright too)")
     return torch.from_numpy(mask)
 
 
-def evaluate_masks(dataset, folder, command, pseudo=False):
+def need_classes(counts, dataset):
+    """Raises ValueError where not a pixel of the ground truth has a class: counts (M,) of target pixels by value."""
+    if not counts[1:].any():
+        raise ValueError(f"the ground truth of these {len(dataset.ids)} images has no pixel of any class: {data.IGNORE} means "
+                         f"ignored, write class k as k, not as {data.IGNORE}")
+
+
+def evaluate_masks(dataset, folder, pseudo=False):
     """Confusion (M, M) of the PNGs of a folder, the pixels left unlabelled per target class (M,), mIoU of each image."""
-    M = len(dataset.classes) + 1
-    need_files(folder, dataset.ids, ".png", command)
-    confusion, unlabelled, single = torch.zeros(M, M, dtype=torch.int64), torch.zeros(M, dtype=torch.int64), {}
+    C = len(dataset.classes)
+    confusion, unlabelled, each = torch.zeros(C + 1, C + 1).long(), torch.zeros(C + 1).long(), {}
     for name in dataset.ids:
-        mask = torch.from_numpy(data.read_mask(folder / f"{name}.png"))
-        target = target_of(dataset, name, mask.shape)
+        path = folder / f"{name}.png"
+        mask = torch.from_numpy(data.read_mask(path, C))
+        target = target_of(dataset, name, mask.shape, path)
         if pseudo:
             undecided = (mask == data.IGNORE) & (target != data.IGNORE)
-            unlabelled += torch.bincount(target[undecided].long(), minlength=M)
+            unlabelled += torch.bincount(target[undecided].long(), minlength=C + 1)
             target = target.masked_fill(undecided, data.IGNORE)
             mask = mask.masked_fill(mask == data.IGNORE, 0)
         try:
-            own = confusion_matrix(mask, target, M)
+            own = confusion_matrix(mask, target, C + 1)
         except ValueError as error:
-            raise ValueError(f"{folder / name}.png: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
         confusion += own
-        single[name] = scores(own)["miou"]
-    return confusion, unlabelled, single
+        each[name] = scores(own)["miou"]
+    need_classes(confusion.sum(1) + unlabelled, dataset)
+    return confusion, unlabelled, each
 
 
-def draw_worst(dataset, folder, single, count, path):
-    """The count images of the lowest mIoU (single: name -> mIoU): photo, mask of the folder, ground truth."""
-    worst = sorted((score, name) for name, score in single.items() if score == score)[:count]
-    rows = [[np.asarray(dataset.image(name)), refine.paint(data.read_mask(folder / f"{name}.png")), refine.paint(dataset.mask(name))]
-            for _, name in worst]
-    refine.contact_sheet(path, ["photo", "mask", "ground truth"], rows)
-    print(f"{path}: the worst are {', '.join(f'{name} ({100 * score:.0f})' for score, name in worst)}")
-
-
-def evaluate_cams(dataset, folder, command):
+def evaluate_cams(dataset, folder):
     """threshold_counts summed over the CAM files of a folder."""
-    need_files(folder, dataset.ids, ".npz", command)
     counts = 0
     for name in dataset.ids:
-        class_ids, cam, size = data.read_cam(folder / f"{name}.npz")
-        target = target_of(dataset, name, size)
+        path = folder / f"{name}.npz"
+        class_ids, cam, size = data.read_cam(path)
+        target = target_of(dataset, name, size, path)
         cam = F.interpolate(cam[None], size=size, mode="bilinear", align_corners=False)[0]
         counts = counts + threshold_counts(cam, data.mask_value(class_ids), target, len(dataset.classes) + 1)
+    need_classes(counts.sum((1, 2)), dataset)
     return counts
 
 
@@ -172,78 +168,116 @@ def evaluate_layers(dataset, model, deep_from, args, device):
 
     Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's Figure 1; "unrefined"
     is the patch map times the class tokens' attention), and state: lists over the layers, means over the images
-    (Figure 3): "entropy" in bits (aream.layer_entropy), "distance" (aream.row_distance), "top" (aream.top_share), "w_hat" (aream.reactivation_weights).
+    (Figure 3): "entropy" in bits (aream.layer_entropy), "distance" (aream.row_distance), "top" (aream.top_share),
+    "w_hat" (aream.reactivation_weights).
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
-    variants = {"patch map alone": None, "unrefined": (), "all layers": (*shallow, *deep), "shallow layers": tuple(shallow),
-                "deep layers": tuple(deep), "all, weighted": "entropy", **{f"layer {l}": (l,) for l in (*shallow, *deep)}}
+    every = (*shallow, *deep)
+    variants = {"patch map alone": None, "unrefined": (), "all layers": every, "shallow layers": tuple(shallow),
+                "deep layers": tuple(deep), "all, weighted": "entropy", **{f"layer {l}": (l,) for l in every}}
     counts, states, begin = {name: 0 for name in variants}, [], time.time()
-    for i, name in enumerate(dataset.ids):
-        pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
-        target = target_of(dataset, name, pixels.shape[-2:])
-        labels = data.label_vector(dataset, name)[None].to(device)
-        observe = lambda out: states.append(layer_state(out, labels))
-        cams = refine.seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps, observe, args.precision)
+    for i, name in enumerate(dataset.ids, 1):
+        pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
+        target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name))
+        labels = dataset.label_vector(name)[None].to(device)
+        shrunk = data.shrink(pixels, args.max_side).to(device)
+        cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps,
+                                lambda output: states.append(layer_state(output, labels)), args.precision)
+
         values = data.mask_value(torch.tensor(class_ids))
         stacked = torch.stack(list(cams.values())).cpu()  # (variants, K, h, w)
         stacked = F.interpolate(stacked, size=target.shape, mode="bilinear", align_corners=False)
         for variant, cam in zip(variants, stacked):
             counts[variant] = counts[variant] + threshold_counts(cam, values, target, len(dataset.classes) + 1)
-        if i % 20 == 19:
-            rate = (i + 1) / (time.time() - begin)
-            data.progress(f"{i + 1}/{len(dataset.ids)}  {rate:.1f} images/s")
+        if i % 20 == 0:
+            data.progress(f"{i}/{len(dataset.ids)}  {i / (time.time() - begin):.1f} images/s")
     data.progress("")
+    need_classes(counts["unrefined"].sum((1, 2)), dataset)
     state = dict(zip(("entropy", "distance", "top", "w_hat"), torch.stack(states).mean(0).tolist()))
     return {variant: summarise(c) for variant, c in counts.items()}, state
 
 
-def layer_state(out, labels):
+def layer_state(output, labels):
     """Entropy, row distance, top share and w_hat of every layer, of the first image of a ViTOutput -> (4, L) on the CPU."""
-    P = out.cam.shape[-2] * out.cam.shape[-1]
-    blocks = torch.cat([aream.patch_block(a[:1], P) for a in out.affinity])  # (L, P, P)
-    entropy = aream.layer_entropy(out.cam[:1], [b[None] for b in blocks], labels)[0]
+    P = output.cam[0, 0].numel()
+    blocks = torch.cat([aream.patch_block(a[:1], P) for a in output.affinity])  # (L, P, P)
+    entropy = aream.layer_entropy(output.cam[:1], [b[None] for b in blocks], labels)[0]
     _, w_hat = aream.reactivation_weights(entropy)
     return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks), w_hat]).cpu()
 
 
-def is_ground_truth(dataset, folder):
-    """Whether a folder of masks is ground truth: one of the data set's mask folders, or a copy of its masks."""
-    folder = Path(folder).resolve()
-    if any(folder == f.resolve() for f in dataset.ground_truth_folders()):
-        return True
-    compared = 0
-    for name in dataset.ids[:20]:
-        try:
-            target = dataset.mask(name)
-        except (FileNotFoundError, ValueError):  # none, or none that pseudo-masks could be a copy of
-            continue
-        if not np.array_equal(data.read_mask(folder / f"{name}.png"), target):
-            return False
-        compared += 1
-    return compared > 0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables
+# Pictures
 # ---------------------------------------------------------------------------------------------------------------------
-def print_classes(dataset, result):
-    print(f"  {'class':<14} {'IoU':>6} {'prec.':>6} {'recall':>6}")
-    for i, name in enumerate(("background", *dataset.classes)):
-        if not result["iou"][i].isnan():
-            print(f"  {name:<14} " + " ".join(f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")))
+def heat(photo, cam):
+    """A CAM over its photo: photo (H, W, 3) uint8, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue to red."""
+    cam = F.interpolate(cam[None, None].float().cpu(), size=photo.shape[:2], mode="bilinear")[0, 0].numpy()
+    colour = np.stack([np.clip(1.5 - abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], -1) * 255
+    return (0.45 * photo + 0.55 * colour).astype(np.uint8)
 
 
-def print_layers(table, state, deep_from):
-    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  {'entropy':>7} {'distance':>8} {'top 5 %':>7}  {'w_hat':>5}")
-    rows = [("",) * 4] * (len(table) - len(state["entropy"])) + list(zip(*state.values()))
-    for (name, row), (entropy, distance, top, w_hat) in zip(table.items(), rows):
-        print(f"  {name:<16} {row['fixed']:7.1f} {row['best']:7.1f}  {row['best_threshold']:<10.2f}" + (
-            f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %  {w_hat:5.2f}" if entropy else ""))
-    print("  * chosen with pixel labels: an upper bound, not a result from image labels")
-    print(f"  mean counterpart weight w_hat: {np.mean(state['w_hat']):.2f} over all layers, {np.mean(state['w_hat'][deep_from:]):.2f} over "
-          "the deep ones (with uniform weights: 1)")
-    fixed, best = (rank_correlation(table, state, threshold) for threshold in ("fixed", "best"))
-    print(f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at {FIXED_THRESHOLD}, {best:+.2f} at the best thresholds")
+def paint(mask):
+    """(H, W) mask -> (H, W, 3) uint8 in the VOC colours."""
+    return data.voc_colours()[np.asarray(mask)]
+
+
+def fit(picture, side):
+    """(H, W, 3) uint8 -> PIL image whose longer side is side."""
+    picture = Image.fromarray(picture)
+    scale = side / max(picture.size)
+    size = [max(1, round(s * scale)) for s in picture.size]
+    return picture.resize(size, Image.NEAREST if scale > 1 else Image.LANCZOS)
+
+
+def contact_sheet(path, titles, rows, cell=150):
+    """Rows of (H, W, 3) uint8 pictures under column titles -> one PNG."""
+    rows = [[fit(picture, cell - 4) for picture in row] for row in rows]
+    heights = [4 + max(picture.height for picture in row) for row in rows]
+    sheet = Image.new("RGB", (cell * len(titles), 18 + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, title in enumerate(titles):
+        draw.text((x * cell + 4, 3), title, fill="black")
+    top = 18
+    for row, height in zip(rows, heights):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * cell + (cell - picture.width) // 2, top + (height - picture.height) // 2))
+        top += height
+    data.write_picture(path, sheet)
+
+
+def draw_pipeline(path, dataset, names, args, device):
+    """One row an image: photo, raw and refined CAM (of --before too), pseudo-mask, prediction (if there), ground truth."""
+    runs = {"AReAM" if args.before else "": args.out, **({"plain": args.before} if args.before else {})}
+    models = {run: refine.load_classifier(out / "cls" / "last.pt", dataset, device)[0] for run, out in sorted(runs.items())[::-1]}
+    predicted = args.out / "pred" / args.split
+    has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
+    rows = []
+    for name in names:
+        pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
+        photo, row = pixels.permute(1, 2, 0).numpy(), {}
+        shrunk = data.shrink(pixels, args.max_side).to(device)
+        row["photo"] = photo
+        for run, model in models.items():
+            variants = {"raw": (), "refined": tuple(range(len(model.blocks)))}
+            cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps, precision=args.precision)
+            row.setdefault("raw CAM", heat(photo, cams["raw"].amax(0)))
+            row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
+        row["pseudo-mask"] = paint(refine.pseudo_mask(shrunk, class_ids, cams["refined"]).cpu())
+        if has_prediction:
+            row["DeepLab"] = paint(data.read_mask(predicted / f"{name}.png"))
+        row["ground truth"] = paint(dataset.mask(name))
+        rows.append(row)
+    contact_sheet(path, list(rows[0]), [list(row.values()) for row in rows], 132)
+    print(f"{path} shows the first {len(rows)} images of {args.split}")
+
+
+def draw_worst(dataset, folder, each, count, path):
+    """The count images of the lowest mIoU (each: name -> mIoU): photo, mask of the folder, ground truth."""
+    worst = sorted((score, name) for name, score in each.items() if score == score)[:count]
+    rows = [[np.asarray(dataset.image(name)), paint(data.read_mask(folder / f"{name}.png")), paint(dataset.mask(name))]
+            for _, name in worst]
+    contact_sheet(path, ["photo", "mask", "ground truth"], rows)
+    print(f"{path}: the worst are {', '.join(f'{name} ({100 * score:.0f})' for score, name in worst)}")
 
 
 def draw_chart(draw, corner, size, title, series, level=None):
@@ -272,7 +306,7 @@ def draw_chart(draw, corner, size, title, series, level=None):
                 draw.line((dash, py(level[name]), dash + 3, py(level[name])), fill=colour)
 
 
-def draw_layers(path, model, dataset, records, device):
+def draw_layers(path, model, dataset, records, args, device):
     """layers.png: four charts over the layers, the first image's affinities, its CAM refined by single layers.
 
     records: name -> what layers.json holds, one or two of them. The pictures are of model.
@@ -281,220 +315,309 @@ def draw_layers(path, model, dataset, records, device):
     chosen = sorted({round(l) for l in np.linspace(0, depth - 1, min(6, depth))})
     image = Image.new("RGB", (cell * 8, 250 + 2 * (cell + 16)), "white")
     draw = ImageDraw.Draw(image)
-    single = {name: [r["table"][f"layer {l}"]["fixed"] for l in range(depth)] for name, r in records.items()}
+    alone = {name: [r["table"][f"layer {l}"]["fixed"] for l in range(depth)] for name, r in records.items()}
     together = {name: r["table"]["all layers"]["fixed"] for name, r in records.items()}
-    for i, (title, series, level) in enumerate((
-            (f"seed mIoU (%) at {FIXED_THRESHOLD}, one layer (dotted: all)", single, together),
-            ("distance between affinity rows", {n: r["state"]["distance"] for n, r in records.items()}, None),
-            ("entropy of the refined CAM (bits)", {n: r["state"]["entropy"] for n, r in records.items()}, None),
-            ("attention on the top 5 % of patches", {n: r["state"]["top"] for n, r in records.items()}, None))):
-        draw_chart(draw, (2 * cell * i, 0), (2 * cell, 240), title, series, level)
+    charts = [(f"seed mIoU (%) at {FIXED_THRESHOLD}, one layer (dotted: all)", alone, together)]
+    for title, key in (("distance between affinity rows", "distance"), ("entropy of the refined CAM (bits)", "entropy"),
+                       ("attention on the top 5 % of patches", "top")):
+        charts.append((title, {name: r["state"][key] for name, r in records.items()}, None))
+    for i, chart in enumerate(charts):
+        draw_chart(draw, (2 * cell * i, 0), (2 * cell, 240), *chart)
+
+    # the first image: affinities, and what single layers make of its CAM
     name, seen = dataset.ids[0], []
-    photo = dataset.image(name)
+    pixels = TF.pil_to_tensor(dataset.image(name))
+    photo = pixels.permute(1, 2, 0).numpy()
     variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
-    cams = refine.seed_cams(model, pil_to_tensor(photo).to(device), dataset.labels(name), variants, observe=seen.append)
-    photo, P = np.asarray(photo), seen[0].cam.shape[-2] * seen[0].cam.shape[-1]
-    rows = [[("photo", photo)], [("ground truth", refine.paint(dataset.mask(name)))]]
+    cams = refine.seed_cams(model, data.shrink(pixels, args.max_side).to(device), dataset.labels(name), variants,
+                            observe=seen.append, precision=args.precision)
+    P = seen[0].cam[0, 0].numel()
+    rows = [[("photo", photo)], [("ground truth", paint(dataset.mask(name)))]]
     for l in chosen:
         block = aream.patch_block(seen[0].affinity[l][0], P).cpu()
         grey = (255 * (block / block.max()).sqrt()).numpy().astype(np.uint8)
         rows[0].append((f"affinity, layer {l}", np.stack([grey] * 3, -1)))
-    rows[1] += [(n if n == "unrefined" else f"refined by {n}", refine.heat(photo, c.amax(0))) for n, c in cams.items()]
+    for variant, cam in cams.items():
+        rows[1].append((variant if variant == "unrefined" else f"refined by {variant}", heat(photo, cam.amax(0))))
     for y, row in enumerate(rows):
         for x, (title, picture) in enumerate(row):
             draw.text((cell * x + 4, 250 + y * (cell + 16)), title, fill="black")
-            image.paste(refine.fit(picture, cell - 4), (cell * x, 266 + y * (cell + 16)))
-    with data.replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+            image.paste(fit(picture, cell - 4), (cell * x, 266 + y * (cell + 16)))
+    data.write_picture(path, image)
 
 
-def stage_seconds(folder):
-    """Seconds a stage took, by its log."""
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return sum(line.get("seconds", 0) for line in lines)
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+def print_table(header, rows):
+    """Rows of cells in Markdown."""
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
 
 
-def demo(args, device):
-    """The demonstration's table and contact sheet, from two finished runs: --before (plain) and --out (AReAM)."""
-    last = lambda out, what: [r for r in data.read_json(out / "results.json", f"evaluate.py --what {what}")
-                              if r["what"] == what][-1]
-    before, after = last(args.before, "layers")["table"], last(args.out, "layers")["table"]
-    plain, tuned = stage_seconds(args.before / "cls"), stage_seconds(args.out / "cls")
-    pseudo, pred = last(args.out, "pseudo"), last(args.out, "pred")
-    print(f"\n{'mIoU (%) on ' + args.data:<44} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>6} {'seconds':>8}")
-    for name, row, seconds in (
-            ("plain classifier, train: CAM, unrefined", before["unrefined"], plain),
-            ("  refined by its shallow layers", before["shallow layers"], None),
-            ("  refined by its deep layers", before["deep layers"], None),
-            ("  refined by all layers", before["all layers"], None),
-            ("after AReAM, train: CAM, unrefined", after["unrefined"], tuned),
-            ("  refined by its shallow layers", after["shallow layers"], None),
-            ("  refined by its deep layers", after["deep layers"], None),
-            ("  refined by all layers", after["all layers"], None)):
-        print(f"{name:<44} {row['fixed']:7.1f} {row['best']:6.1f} {'' if seconds is None else f'{seconds:8.0f}'}")
-    print(f"{'pseudo-masks, train (labelled pixels)':<44} {pseudo['labelled']:7.1f} {'':6} {stage_seconds(args.out / 'pseudo'):8.0f}")
-    print(f"{'DeepLab, val':<44} {pred['miou']:7.1f} {'':6} {stage_seconds(args.out / 'seg'):8.0f}")
-    print("* threshold chosen with pixel labels: an upper bound, not a result from image labels")
-
-    val = data.open_split(args, "val", args.out / "masks")
-    models = [refine.load_classifier(out / "cls" / "last.pt", val, device)[0] for out in (args.before, args.out)]
-    rows = []
-    for name in val.ids[:8]:
-        photo = val.image(name)
-        pixels, class_ids, photo = pil_to_tensor(photo).to(device), val.labels(name), np.asarray(photo)
-        layers = {"raw": (), "refined": tuple(range(len(models[0].blocks)))}
-        old, new = (refine.seed_cams(m, pixels, class_ids, layers, args.scales) for m in models)
-        pseudo = refine.pseudo_mask(pixels, class_ids, new["refined"])
-        rows.append([photo, *(refine.heat(photo, c.amax(0)) for c in (old["raw"], old["refined"], new["refined"])),
-                     refine.paint(pseudo.cpu()), refine.paint(data.read_mask(args.out / "pred" / "val" / f"{name}.png")),
-                     refine.paint(val.mask(name))])
-    titles = ["photo (val)", "raw CAM", "refined, plain", "refined, AReAM", "pseudo-mask", "DeepLab", "ground truth"]
-    refine.contact_sheet(args.out / "demo.png", titles, rows, cell=132)
-    print(f"pictures: {args.out / 'demo.png'}")
+def print_classes(dataset, result):
+    print(f"  {'class':<14} {'IoU':>6} {'prec.':>6} {'recall':>6}")
+    for i, name in enumerate(("background", *dataset.classes)):
+        if not result["iou"][i].isnan():
+            print(f"  {name:<14} " + " ".join(f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")))
 
 
-def study(folder, path):
-    """Gather what the runs <folder>/<row>/<seed> were scored with into the records file path, and print it in Markdown.
+def print_layers(table, state, deep_from):
+    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  {'entropy':>7} {'distance':>8} "
+          f"{'top 5 %':>7}  {'w_hat':>5}")
+    for name, row in table.items():
+        line = f"  {name:<16} {row['fixed']:7.1f} {row['best']:7.1f}  {row['best_threshold']:<10.2f}"
+        if name.startswith("layer "):
+            entropy, distance, top, w_hat = (state[key][int(name[6:])] for key in ("entropy", "distance", "top", "w_hat"))
+            line += f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %  {w_hat:5.2f}"
+        print(line)
+    fixed, best = (rank_correlation(table, state, threshold) for threshold in ("fixed", "best"))
+    print(f"  * chosen with pixel labels: an upper bound, not a result from image labels\n"
+          f"  mean counterpart weight w_hat: {np.mean(state['w_hat']):.2f} over all layers, "
+          f"{np.mean(state['w_hat'][deep_from:]):.2f} over the deep ones (with uniform weights: 1)\n"
+          f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at {FIXED_THRESHOLD}, {best:+.2f} at the best "
+          f"thresholds")
 
-    Without a folder (None) only the tables are printed, from the records. Rows are sorted by name; mean and standard deviation
-    over seeds, in percent. Seeds: at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
-    "entropy ~ mIoU" is rank_correlation, also at the fixed threshold (at the best ones).
+
+def spread(values, form=".1f"):
+    """Mean and, of several values, standard deviation."""
+    several = f" ± {np.std(values, ddof=1):{form.strip('+')}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{several}"
+
+
+def seed_cell(runs, column):
+    """Seed mIoU of runs (records of --what layers) at the fixed threshold, in brackets the mean of the best ones."""
+    rows = [run["table"][column] for run in runs]
+    return f"{spread([row['fixed'] for row in rows])} ({np.mean([row['best'] for row in rows]):.1f})"
+
+
+def study_columns(runs, reference):
+    """column -> cell of one row of a study: its runs, and those of the row that they are paired with, by seed."""
+    cells = {"seeds": str(len(runs))}
+    if all("map" in run for run in runs):
+        cells["class mAP"] = spread([run["map"] for run in runs])
+    if all("table" in run for run in runs):
+        for column in ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers"):
+            cells[column] = seed_cell(runs, column)
+        cells["entropy ~ mIoU"] = spread([rank_correlation(run["table"], run["state"], "fixed") for run in runs], "+.2f")
+        if pairs := [(run, other) for run in runs for other in reference if run["seed"] == other["seed"] and run is not other]:
+            gains = [run["table"]["all layers"]["fixed"] - other["table"]["all layers"]["fixed"] for run, other in pairs]
+            error = f" ± {np.std(gains, ddof=1) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else ""
+            cells["gain, paired"] = f"{np.mean(gains):+.1f}{error}"
+    for column, what, key in (("labelled pixels", "pseudo", "labelled"), ("all pixels", "pseudo", "all"),
+                              ("undecided", "pseudo", "undecided"), ("DeepLab, val", "pred", "miou")):
+        if all(what in run for run in runs):
+            cells[column] = spread([run[what][key] for run in runs])
+    return cells
+
+
+def gather(folder, path):
+    """Collect what the runs <folder>/<question>/<row>/<seed> were scored with into the records file path."""
+    records = []
+    for run in sorted({f.parent for kind in ("layers", "results") for f in folder.glob(f"*/*/*/{kind}.json")}):
+        settings = data.read_json(run / "cls" / "args.json", "repeat the study")
+        record = {"row": "/".join(run.parts[-3:-1]), "seed": run.name, "settings": {
+            key: settings.get(key) for key in (
+                "preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augment", "precision", "reactivation", "entropy",
+                "coupling", "deep_from", "affinity_weight", "labels")}}
+        if maps := [line["val_class_mAP"] for line in data.read_log(run / "cls") if "val_class_mAP" in line]:
+            record["map"] = maps[-1]
+        if (run / "layers.json").is_file():
+            record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
+        for result in data.read_json(run / "results.json", "repeat the study") if (run / "results.json").is_file() else []:
+            if result["what"] in ("pseudo", "pred"):
+                record[result["what"]] = result
+        records.append(record)
+    if not records:
+        raise FileNotFoundError(f"no scored <question>/<row>/<seed> under {folder}: results/toy.sh and results/voc.sh make them")
+    data.write_json(path, records)
+
+
+def print_study(path):
+    """One table a question: rows, their columns as mean ± standard deviation over seeds, in percent.
+
+    Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels). "entropy ~ mIoU":
+    rank_correlation. "gain, paired": of all layers over the question's first row, seed by seed, ± standard error.
     """
-    if folder and folder.is_dir():
-        records = []
-        for run in sorted({f.parent for kind in ("layers", "results") for f in folder.glob(f"*/*/{kind}.json")}):
-            settings = data.read_json(run / "cls" / "args.json", "repeat the study")
-            record = {"row": run.parent.name, "seed": run.name, "settings": {k: settings.get(k) for k in (
-                "preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "reactivation", "entropy", "coupling", "deep_from",
-                "affinity_weight", "labels")}}
-            if (run / "layers.json").is_file():
-                record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
-            if (run / "pseudo" / "args.json").is_file():
-                record["refine"] = data.read_json(run / "pseudo" / "args.json", "repeat the study")
-            for result in data.read_json(run / "results.json", f"delete {run / 'layers.json'} and repeat the study"):
-                if result["what"] in ("pseudo", "pred"):
-                    record[result["what"]] = result
-            records.append(record)
-        if not records:
-            raise FileNotFoundError(f"no scored <row>/<seed> under {folder}: make study-toy or make study-voc write them")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_json(path, records)
-    records = data.read_json(path, "make it with  make study-toy  or  make study-voc")
-    rows = {name: [r for r in records if r["row"] == name] for name in dict.fromkeys(r["row"] for r in records)}
+    records = data.read_json(path, "make it with  results/toy.sh  or  results/voc.sh")
+    questions = {}
+    for record in records:
+        question, row = record["row"].split("/")
+        questions.setdefault(question, {}).setdefault(row, []).append(record)
+    for question, rows in questions.items():
+        reference = rows.get("none", [])
+        cells = {row: study_columns(runs, reference) for row, runs in rows.items()}
+        header = list(dict.fromkeys(column for row in cells.values() for column in row))
+        print(f"\n**{question}**\n")
+        print_table([question, *header], [[row, *(own.get(column, "") for column in header)] for row, own in cells.items()])
 
-    def table(columns, cell, has):
-        if not any(has in r for r in records):
-            return
-        print("| row | seeds | " + " | ".join(columns) + " |\n" + "|---" * (2 + len(columns)) + "|")
-        for name, runs in rows.items():
-            if runs := [r for r in runs if has in r]:
-                print(f"| {name} | {len(runs)} | " + " | ".join(cell(runs, c) for c in columns) + " |")
 
-    def spread(values, form=".1f"):
-        return f"{np.mean(values):{form}}" + (f" ± {np.std(values, ddof=1):{form.strip('+')}}" if len(values) > 1 else "")
+# ---------------------------------------------------------------------------------------------------------------------
+# One function for each --what: dataset, args, device -> its record
+# ---------------------------------------------------------------------------------------------------------------------
+def title(args, dataset):
+    return f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
 
-    def seed_cell(runs, column):
-        if column == "entropy ~ mIoU":
-            fixed, best = ([rank_correlation(r["table"], r["state"], t) for r in runs] for t in ("fixed", "best"))
-            return f"{spread(fixed, '+.2f')} ({np.mean(best):+.2f})"
-        if not all(column in r["table"] for r in runs):  # scored by an older version
-            return ""
-        runs = [r["table"][column] for r in runs]
-        return f"{spread([r['fixed'] for r in runs])} ({np.mean([r['best'] for r in runs]):.1f})"
 
-    def mask_cell(runs, column):
-        what, key = {"labelled pixels": ("pseudo", "labelled"), "all pixels": ("pseudo", "all"),
-                     "undecided": ("pseudo", "undecided"), "DeepLab, val": ("pred", "miou")}[column]
-        values = [r[what][key] for r in runs if what in r]
-        return spread(values) if values else ""
+def need_masks(args, dataset, folder, suffix, settings, command):
+    """Files of an earlier stage, all there, and made for the same classes."""
+    made = f"python {command} {data.same_data(args)} --out {data.quoted(args.out)}"
+    data.need_files(folder, dataset.ids, suffix, made)
+    if settings.is_file() and (classes := data.read_json(settings, made).get("class_names")):
+        data.need_same_classes(classes, settings, dataset.classes, dataset.source)
 
-    table(("unrefined", "shallow layers", "deep layers", "all layers", "all, weighted", "entropy ~ mIoU"), seed_cell, "table")
-    print()
-    table(("labelled pixels", "all pixels", "undecided", "DeepLab, val"), mask_cell, "pseudo")
+
+def score_cams(dataset, args, device):
+    need_masks(args, dataset, args.out / "cam", ".npz", args.out / "cam" / "args.json", f"refine.py --split {args.split}")
+    counts = evaluate_cams(dataset, args.out / "cam")
+    record = summarise(counts)
+    record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
+    print(f"{title(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold {FIXED_THRESHOLD}; best {record['best']:.1f} at "
+          f"{record['best_threshold']:.2f}, chosen with pixel labels")
+    print_classes(dataset, scores(curve(counts)[FIXED]))
+    return record
+
+
+def score_pseudo_masks(dataset, args, device):
+    folder = args.out / "pseudo"
+    need_masks(args, dataset, folder, ".png", folder / "args.json", f"refine.py --split {args.split}")
+    confusion, unlabelled, each = evaluate_masks(dataset, folder, pseudo=True)
+    labelled, every = scores(confusion), scores(confusion, unlabelled)
+    undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
+    print(f"{title(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, {100 * every['miou']:.1f} over all "
+          f"({100 * undecided:.1f} % undecided)")
+    print_classes(dataset, labelled)
+    if args.worst:
+        draw_worst(dataset, folder, each, args.worst, args.out / "worst.png")
+    return {"labelled": 100 * labelled["miou"], "all": 100 * every["miou"], "undecided": 100 * undecided}
+
+
+def score_predictions(dataset, args, device):
+    folder = args.out / "pred" / args.split
+    need_masks(args, dataset, folder, ".png", args.out / "seg" / "args.json",
+               f"train_seg.py --resume --predict-split {args.split} <its other settings>")
+    confusion, _, each = evaluate_masks(dataset, folder)
+    result = scores(confusion)
+    print(f"{title(args, dataset)}: mIoU {100 * result['miou']:.1f}")
+    print_classes(dataset, result)
+    if args.worst:
+        draw_worst(dataset, folder, each, args.worst, args.out / "worst.png")
+    return {"miou": 100 * result["miou"]}
+
+
+def score_layers(dataset, args, device):
+    model, config = refine.load_classifier(args.out / "cls" / "last.pt", dataset, device, data.same_data(args))
+    deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
+    table, state = evaluate_layers(dataset, model, deep_from, args, device)
+    print(f"{title(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
+    print_layers(table, state, deep_from)
+
+    record = {"scales": args.scales, "beta": args.beta, "steps": args.steps, "table": table, "state": state}
+    records = {"/".join(args.out.resolve().parts[-2:]): record}
+    if args.before:
+        before = data.read_json(args.before / "layers.json", f"python evaluate.py {data.same_data(args)} --what layers --out "
+                                                             f"{data.quoted(args.before)}")
+        if len(before["state"]["entropy"]) != len(model.blocks):
+            raise ValueError(f"{args.before / 'layers.json'} is of a model with another number of layers")
+        records = {"/".join(args.before.resolve().parts[-2:]): before, **records}
+    draw_layers(args.out / "layers.png", model, dataset, records, args, device)
+    return record
+
+
+def draw_pictures(dataset, args, device):
+    draw_pipeline(args.out / "pictures.png", dataset, dataset.ids[:args.images], args, device)
+
+
+def pack_submission(dataset, args, device):
+    """The predictions of a split in the layout of the VOC evaluation server, every id, size and value checked."""
+    folder, C = args.out / "pred" / args.split, len(dataset.classes)
+    need_masks(args, dataset, folder, ".png", args.out / "seg" / "args.json",
+               f"train_seg.py --resume --predict-split {args.split} <its other settings>")
+    for name in dataset.ids:
+        mask = data.read_mask(folder / f"{name}.png", C, dataset.image(name).size[::-1])
+        if (mask == data.IGNORE).any():
+            raise ValueError(f"{folder / name}.png holds {data.IGNORE}: the server takes 0..{C} alone")
+    archive = args.out / f"comp6_{args.split}_cls.tgz"
+    with data.replacing(archive) as temporary, tarfile.open(temporary, "w:gz") as tar:
+        for name in dataset.ids:
+            tar.add(folder / f"{name}.png", f"results/VOC2012/Segmentation/comp6_{args.split}_cls/{name}.png")
+    print(f"{archive}: {len(dataset.ids)} masks of {args.split}, checked")
+
+
+def show_demo(dataset, args, device):
+    """The demonstration's table and pictures, from two finished runs: --before (plain) and --out (AReAM)."""
+    def last(out, what):
+        remedy = f"python evaluate.py {data.same_data(args)} --what {what} --out {data.quoted(out)}"
+        found = [r for r in data.read_json(out / "results.json", remedy) if r["what"] == what]
+        if not found:
+            raise ValueError(f"{out / 'results.json'} has no record of {what}: make it with  {remedy}")
+        return found[-1]
+
+    runs = [[last(out, "layers")] for out in (args.before, args.out)]
+    rows = [[f"CAM, {name}", *(seed_cell(run, name) for run in runs)]
+            for name in ("unrefined", "shallow layers", "deep layers", "all layers")]
+    rows.append(["pseudo-masks, labelled pixels", "", f"{last(args.out, 'pseudo')['labelled']:.1f}"])
+    rows.append(["DeepLab, val", "", f"{last(args.out, 'pred')['miou']:.1f}"])
+    print_table([f"mIoU (%) on {args.data}, at {FIXED_THRESHOLD} (best*)", "plain classifier", "after AReAM"], rows)
+    print("* threshold chosen with pixel labels: an upper bound, not a result from image labels")
+    draw_pipeline(args.out / "demo.png", dataset, dataset.ids[:args.images], args, device)
+
+
+WHAT = {"cam": score_cams, "pseudo": score_pseudo_masks, "pred": score_predictions, "layers": score_layers,
+        "pictures": draw_pictures, "demo": show_demo, "submission": pack_submission, "study": None}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data.common_arguments(parser)
-    refine.refine_arguments(parser)
+    parser = data.argument_parser(__doc__)
     add = parser.add_argument
-    add("--what", required=True, choices=("cam", "pseudo", "pred", "layers", "demo", "study"))
-    add("--split", help="default: val for pred, else train")
-    add("--before", type=Path, metavar="OUT", help="the --out of the plain classifier: for --what demo, and to draw its layers beside these")
-    add("--records", type=Path, metavar="JSON", help="for --what study: gather the runs under --out in this file, and print it")
-    add("--worst", type=int, default=0, metavar="N", help="for --what pseudo and pred: also draw the N worst images, <out>/worst.png")
-    add("--deep-from", type=int, help="for --what layers: first deep layer (default: the checkpoint's)")
+    add("--what", required=True, choices=WHAT)
+    add("--split", help="default val for pred, pictures and demo, test for submission, else train")
+    add("--before", type=Path, metavar="OUT", help="the --out of the plain classifier, for layers, pictures and demo")
+    add("--records", type=Path, metavar="JSON", help="for study: gather the runs under --out in this file, and print it")
+    add("--worst", type=int, default=0, metavar="N", help="for pseudo and pred: also draw the N worst images")
+    add("--images", type=int, default=8, metavar="N", help="how many images pictures and demo show (default 8)")
+    add("--deep-from", type=int, metavar="L", help="for layers: first deep layer (default: the checkpoint's)")
+    refine.refining_arguments(parser)
     args = parser.parse_args(argv)
-    args.split = args.split or ("val" if args.what == "pred" else "train")
+    args.split = args.split or {"pred": "val", "pictures": "val", "demo": "val", "submission": "test"}.get(args.what, "train")
     if args.what == "study" and args.records is None:
         parser.error("--what study needs --records, a file such as results/toy.json")
     if args.worst < 0 or args.worst and args.what not in ("pseudo", "pred"):
         parser.error(f"--worst {args.worst} --what {args.what}: draws so many images, at least one, for --what pseudo and pred")
     if args.what == "demo" and args.before is None:
         parser.error("--what demo compares two runs: name the plain one with --before OUT")
-    return refine.finish_args(args)
+    if args.images < 1:
+        parser.error(f"--images {args.images}: at least one")
+    refine.check_refining(args)
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.what == "study":
-        return study(args.out and Path(args.out), args.records)
+        if args.out and Path(args.out).is_dir():
+            gather(Path(args.out), args.records)
+        return print_study(args.records)
     device = data.start(args)
-    begin = time.time()
-    if args.what == "demo":
-        return demo(args, device)
-    dataset = data.open_split(args, args.split, args.out / "masks")
-    if isinstance(dataset, data.COCO2014):
+
+    # data; COCO's masks are drawn once
+    dataset = data.open_split(args, args.split)
+    if isinstance(dataset, data.COCO):
         dataset.cache_masks(args.workers)
-    M, again = len(dataset.classes) + 1, f"{data.same_data(args)} --split {args.split} --out {args.out}"
-    record = {"what": args.what, "data": args.data, "split": args.split, "images": len(dataset.ids)}
-    title = f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
-    if args.what == "layers":
-        model, config = refine.load_classifier(args.out / "cls" / "last.pt", dataset, device)
-        deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
-        record.update(scales=args.scales, beta=args.beta, steps=args.steps)
-        record["table"], record["state"] = evaluate_layers(dataset, model, deep_from, args, device)
-        print(f"{title}: seed mIoU in percent, deep layers from {deep_from}")
-        print_layers(record["table"], record["state"], deep_from)
-        label = lambda out: "/".join(out.resolve().parts[-2:])
-        records = {label(args.out): record}
-        if args.before:
-            before = data.read_json(args.before / "layers.json", f"python evaluate.py {data.same_data(args)} --what layers --out {args.before}")
-            if len(before["state"]["entropy"]) != len(model.blocks):
-                raise ValueError(f"{args.before / 'layers.json'} is of a model with another number of layers")
-            records = {label(args.before): before, **records}
-        draw_layers(args.out / "layers.png", model, dataset, records, device)
-    elif args.what == "cam":
-        counts = evaluate_cams(dataset, args.out / "cam", f"python refine.py {again}")
-        record.update(summarise(counts), curve=[round(100 * scores(c)["miou"], 2) for c in curve(counts)])
-        print(f"{title}: mIoU {record['fixed']:.1f} at the fixed threshold {FIXED_THRESHOLD}; best {record['best']:.1f} at "
-              f"{record['best_threshold']:.2f}, chosen with pixel labels")
-        print_classes(dataset, scores(curve(counts)[FIXED]))
-    elif args.what == "pseudo":
-        masks = args.out / "pseudo"
-        confusion, unlabelled, single = evaluate_masks(dataset, masks, f"python refine.py {again}", pseudo=True)
-        result = scores(confusion)
-        record["labelled"], record["all"] = 100 * result["miou"], 100 * scores(confusion, unlabelled)["miou"]
-        record["undecided"] = 100 * (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
-        print(f"{title}: mIoU {record['labelled']:.1f} over labelled pixels, {record['all']:.1f} over all "
-              f"({record['undecided']:.1f} % undecided)")
-        print_classes(dataset, result)
-    else:
-        masks = args.out / "pred" / args.split
-        confusion, _, single = evaluate_masks(
-            dataset, masks, f"python train_seg.py {data.same_data(args)} --predict-split {args.split} --out {args.out} "
-                            f"(after training: with --resume and its other settings)")
-        result = scores(confusion)
-        record["miou"] = 100 * result["miou"]
-        print(f"{title}: mIoU {record['miou']:.1f}")
-        print_classes(dataset, result)
-    if args.worst and args.what in ("pseudo", "pred"):
-        draw_worst(dataset, masks, single, args.worst, args.out / "worst.png")
-    data.append_result(args.out, {**record, "seconds": round(time.time() - begin, 1)})
+
+    # score, and remember
+    begin = time.time()
+    scored = WHAT[args.what](dataset, args, device)
+    if scored is None:
+        return
+    record = {"what": args.what, "data": args.data, "split": args.split, "images": len(dataset.ids), "precision": args.precision,
+              **scored, "seconds": round(time.time() - begin, 1)}
+    data.append_result(args.out, record)
     if args.what == "layers":  # last: a study takes the file as the sign that this run is done
         data.write_json(args.out / "layers.json", record)
         print(f"{args.out / 'layers.json'}, {args.out / 'layers.png'}")
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

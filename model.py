@@ -1,15 +1,12 @@
 """A plain Vision Transformer with one class token per class and captured attention.
 
-Reads  DeiT checkpoints (a path, or the public files through torch.hub).
-Writes nothing.
-Run    from the stages: model.build("deit_small", num_classes=20); model.load_pretrained(vit, "auto")
-Expect the same block stack, to rounding, as torchvision's VisionTransformer (test_aream.py).
+    vit = model.build("deit_small", num_classes=20);  model.load_pretrained(vit, "auto");  vit(images, capture=True)
 
 Letters: B batch, L layers, A heads, C foreground classes (= class tokens), P = gh * gw patches, N = C + P tokens.
 """
+import re
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +61,11 @@ class Attention(nn.Module):
             # The mean over heads of q_h k_h^T is one product over all channels: no tensor with a head dimension.
             q_all, k_all = qkv[:, :, 0].flatten(2), qkv[:, :, 1].flatten(2)  # (B, N, D)
             logits = (q_all @ k_all.transpose(-2, -1)).float() * (scale / self.heads)
-        if affinity is not None and not torch.is_grad_enabled():
-            out = prob.to(v.dtype) @ v  # already at hand, cheaper than attending twice
+        if affinity is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
+            attended = prob.to(v.dtype) @ v  # prob is at hand; a GPU's fused attention is cheaper than reading it again
         else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D)), affinity, logits
+            attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).reshape(B, N, D)), affinity, logits
 
 
 class Block(nn.Module):
@@ -86,8 +83,8 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x, capture=False):
-        out, affinity, logits = self.attn(self.norm1(x), capture)
-        x = x + self.drop_path(out)
+        attended, affinity, logits = self.attn(self.norm1(x), capture)
+        x = x + self.drop_path(attended)
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x, affinity, logits
 
@@ -150,10 +147,7 @@ class ViT(nn.Module):
 
     def position_embedding(self, grid):
         """The patch position embedding for an explicit (gh, gw), resized bicubically -> (1, gh * gw, D)."""
-        if grid == self.grid:
-            return self.patch_pos_embed
-        pos = self.patch_pos_embed.unflatten(1, self.grid).permute(0, 3, 1, 2)  # (1, D, gh0, gw0)
-        return F.interpolate(pos, size=grid, mode="bicubic").flatten(2).transpose(1, 2)
+        return resize_position_embedding(self.patch_pos_embed, self.grid, grid)
 
     def tokens(self, images, capture=False):
         """The block stack: (B, 3, H, W) -> tokens (B, N, D), (gh, gw), affinity tuple, affinity_logits tuple."""
@@ -170,8 +164,8 @@ class ViT(nn.Module):
             x, affinity, affinity_logits = block(x, capture)
             affinities.append(affinity)
             logits.append(affinity_logits)
-        drop_none = lambda maps: tuple(m for m in maps if m is not None)
-        return x, grid, drop_none(affinities), drop_none(logits)
+        affinities, logits = (tuple(m for m in maps if m is not None) for maps in (affinities, logits))
+        return x, grid, affinities, logits
 
     def forward(self, images, capture=False):
         """Classify, and localise.
@@ -191,6 +185,21 @@ class ViT(nn.Module):
             affinity=affinity,
             affinity_logits=logits,
         )
+
+
+def resize_position_embedding(embedding, old, new):
+    """(1, P, D) for a grid old = (gh, gw) of patches -> the same for a grid new, by bicubic interpolation.
+
+    Bicubic interpolation is linear and separable: one matrix a side. Unlike F.interpolate's, its gradient is
+    deterministic on CUDA.
+    """
+    if tuple(old) == tuple(new):
+        return embedding
+    rows, columns = (
+        F.interpolate(torch.eye(n, device=embedding.device)[None, None], size=(m, n), mode="bicubic")[0, 0]  # (m, n)
+        for n, m in zip(old, new))
+    resized = torch.einsum("yh,xw,bhwd->byxd", rows, columns, embedding.float().unflatten(1, tuple(old)))
+    return resized.flatten(1, 2).to(embedding.dtype)
 
 
 def build(preset, num_classes, *, depth=None, image_size=None):
@@ -221,48 +230,40 @@ def build(preset, num_classes, *, depth=None, image_size=None):
 def load_pretrained(model, source):
     """Load ImageNet-1k DeiT weights into a ViT, in place.
 
-    source: a path, "auto" (downloads the public DeiT file into torch.hub's folder) or a state dict; plain or under
-    the key "model", float16 or float32. The 1000-class head and the final LayerNorm are dropped, blocks beyond the
-    model's depth too, the class token and its position embedding are copied to all C class tokens; every other key
-    must be there with its shape. The patch head and nothing else keeps its fresh values.
+    source: a path, "auto" (downloads the public DeiT file into torch.hub's folder) or a state dict; plain or under the
+    key "model" or "state_dict", with or without the prefix "module.", float16 or float32. The 1000-class head and the
+    final LayerNorm are dropped, blocks beyond the model's depth too, the class token and its position embedding are
+    copied to all C class tokens; every other key must be there with its shape. The patch head keeps its fresh values.
     Raises FileNotFoundError (no such file, no connection) and ValueError (weights of another architecture).
     """
-    if isinstance(source, dict):
-        state, name = source, "the given state dict"
-    else:
-        state, name = read_weights(source, model.preset), str(source)
-    state = dict(state.get("model", state))
-    for key in ("head.weight", "head.bias", "norm.weight", "norm.bias"):
-        state.pop(key, None)
+    found, name = (source, "the given state dict") if isinstance(source, dict) else (read_weights(source, model.preset), source)
+    for key in ("model", "state_dict"):
+        found = found.get(key, found)
+    found = {key.removeprefix("module."): value for key, value in found.items()}
     own = model.state_dict()
-    state = {k: v for k, v in state.items() if not _block_beyond(k, len(model.blocks))}
-    try:
-        cls_token, pos_embed = state.pop("cls_token"), state.pop("pos_embed")
-        pos_embed = resize_pos_embed(pos_embed, model.grid)
-        state["class_tokens"] = cls_token.expand_as(own["class_tokens"])
-        state["class_pos_embed"] = pos_embed[:, :1].expand_as(own["class_pos_embed"])
-        state["patch_pos_embed"] = pos_embed[:, 1:]
-        state["head.weight"], state["head.bias"] = own["head.weight"], own["head.bias"]
-        model.load_state_dict({k: v.to(own[k].dtype) if k in own else v for k, v in state.items()})
-    except (KeyError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{name} does not hold weights for {model.preset} ({reason}); "
-                         f"give the DeiT file of that size, another --preset, or --pretrained none") from error
+    remedy = "give the DeiT file of that size, another --preset, or --pretrained none"
+    if "dist_token" in found:
+        raise ValueError(f"{name} is a distilled DeiT (it has a dist_token), which has one token more: give the plain file")
 
-
-def _block_beyond(key, depth):
-    parts = key.split(".")
-    return parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) >= depth
-
-
-def resize_pos_embed(pos_embed, grid):
-    """(1, 1 + P0, D) of a square P0 -> (1, 1 + gh * gw, D), patches resized bicubically."""
-    side = round((pos_embed.shape[1] - 1) ** 0.5)
-    if (side, side) == tuple(grid):
-        return pos_embed
-    patches = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=grid, mode="bicubic").flatten(2).transpose(1, 2)
-    return torch.cat([pos_embed[:, :1].float(), patches], dim=1)
+    weights = {"head.weight": own["head.weight"], "head.bias": own["head.bias"]}
+    for key in [key for key in own if key not in weights]:
+        deit = {"class_tokens": "cls_token", "class_pos_embed": "pos_embed", "patch_pos_embed": "pos_embed"}.get(key, key)
+        if deit not in found:
+            raise ValueError(f"{name} does not hold weights for {model.preset}: it has no {deit!r} (its first keys: "
+                             f"{', '.join(list(found)[:3])}); {remedy}")
+        value = found[deit]
+        if key == "class_pos_embed":
+            value = value[:, :1]
+        if key == "patch_pos_embed":
+            side = round((value.shape[1] - 1) ** 0.5)
+            value = resize_position_embedding(value[:, 1:], (side, side), model.grid)
+        if key.startswith("class_"):
+            value = value.expand(-1, model.num_classes, -1)
+        if value.shape != own[key].shape:
+            raise ValueError(f"{name} does not hold weights for {model.preset}: {deit!r} is {tuple(found[deit].shape)}, "
+                             f"which does not make {tuple(own[key].shape)}; {remedy}")
+        weights[key] = value.to(own[key].dtype)
+    model.load_state_dict(weights)
 
 
 def read_weights(source, preset):
@@ -273,16 +274,20 @@ def read_weights(source, preset):
         try:
             return torch.hub.load_state_dict_from_url(
                 DEIT_URLS[preset], map_location="cpu", check_hash=True, weights_only=True)
-        except (URLError, OSError) as error:
+        except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
             raise FileNotFoundError(
                 f"could not download {DEIT_URLS[preset]} ({error}); fetch it elsewhere and give its path with "
                 f"--pretrained PATH, or start from scratch with --pretrained none") from error
     if not Path(source).is_file():
         raise FileNotFoundError(f"no weights at {source}: give a DeiT .pth file, 'auto' or 'none' with --pretrained")
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors alike
-        raise ValueError(f"{source} is not a readable weights file ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{source} holds a {type(state).__name__}, not a dict of weights")
-    return state
+        reason = " ".join(str(error).split())[:200]
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{source} wants to run code ({code[1]}), which is refused: load it where you trust it, and save "
+                             f"its dict of weights alone") from error
+        raise ValueError(f"{source} is not a readable weights file ({type(error).__name__}: {reason})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{source} holds a {type(found).__name__}, not a dict of weights")
+    return found

@@ -1,18 +1,19 @@
 """Stage 2: CAM -> class-to-patch product -> affinity / random walk -> PAR -> pseudo-masks.
 
-Reads  <out>/cls/last.pt and the images of a split, with their image labels.
-Writes <out>/cam/<image>.npz (the refined seed) and <out>/pseudo/<image>.png (0 background, 1..C, 255 undecided).
+Reads  <out>/cls/last.pt and the images of a split, with their image labels; or any photographs (--photos).
+Writes <out>/cam/<image>.npz (the refined seed) and <out>/pseudo/<image>.png (0 background, 1..C, 255 undecided);
+       of photographs <out>/photos/<name>.cam.png (the pseudo-mask) and .cam.jpg (the CAM over the photograph).
 Run    python refine.py --data VOC2012                      (after train_cls.py)
-Expect on 2 CPU cores, DeiT-Tiny, VOC at 320 px, one scale: 7.0 images/s (2026-11-22). On a GPU: not yet run.
+Expect on one CPU core, DeiT-Tiny, VOC at 320 px, bfloat16: EXPECT images/s.
 """
-import argparse
 import time
+from functools import lru_cache
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torch.profiler import record_function
+from torchvision.transforms.v2 import functional as TF
 
 import aream
 import data
@@ -22,28 +23,6 @@ DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 KERNEL_SUM = 1.01  # 1 from the colours, 0.01 from the distances
 NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Random walk
-# ---------------------------------------------------------------------------------------------------------------------
-def random_walk(score, affinity, beta=1.0, steps=1):
-    """Spread a score along an affinity: T^steps score with T the row-normalised affinity^beta.
-
-    One step with beta 1 is the plain propagation of the paper, aream.propagate: its rows are not normalised (class
-    tokens take a part of each patch's attention, so the rows of a patch block sum to less than 1).
-    score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
-    """
-    if steps < 0 or beta <= 0:
-        raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
-    score, transition = score.float(), affinity.float()
-    if steps == 1 and beta == 1:
-        return aream.propagate(transition, score)
-    transition = transition**beta
-    transition = transition / transition.sum(-1, keepdim=True).clamp_min(1e-12)
-    for _ in range(steps):
-        score = aream.propagate(transition, score)
-    return score
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,21 +46,43 @@ def par_kernel(images, dilations=DILATIONS):
     """
     images, size, n = images.float(), images.shape[-2:], 8 * len(dilations)
     padded = F.pad(images, [max(dilations)] * 4, mode="replicate")
+
+    # The std over the neighbours is that of the steps I_n - I, as all are shifted by I. One neighbour at a time:
+    # all 48 at once do not fit in a CPU's cache.
     total, squares, step = torch.zeros_like(images), torch.zeros_like(images), torch.empty_like(images)
-    for near in neighbours(padded, dilations, size):  # one at a time: all 48 at once do not fit in a CPU's cache
-        torch.sub(near, images, out=step)  # the std over the neighbours is that of the steps: all are shifted by I
+    for near in neighbours(padded, dilations, size):
+        torch.sub(near, images, out=step)
         total.add_(step)
         squares.addcmul_(step, step)
     std = ((squares - total.square() / n).clamp_min(0) / (n - 1)).sqrt()
+
+    # softmax over n of -colour, colour[n] = mean over RGB of ((I_n - I) / (0.3 std))^2
     weight = 1 / (0.3 * (std + 1e-8) * 3**0.5)  # (B, 3, H, W), the mean over RGB included
-    here, colour = images * weight, images.new_empty(len(images), n, *size)
+    centre, colour = images * weight, images.new_empty(len(images), n, *size)
     for i, near in enumerate(neighbours(padded, dilations, size)):
-        torch.sum(torch.mul(near, weight, out=step).sub_(here).square_(), 1, out=colour[:, i])
+        torch.sum(torch.mul(near, weight, out=step).sub_(centre).square_(), 1, out=colour[:, i])
     colour = colour.sub_(colour.amin(1, keepdim=True)).neg_().exp_()
-    colour.div_(colour.sum(1, keepdim=True))  # the softmax of -colour, in place
+    colour.div_(colour.sum(1, keepdim=True))
+
     distance = torch.tensor([d * (2.0**0.5 if dy and dx else 1.0) for d in dilations for dy, dx in NEIGHBOURS])
-    place = -(distance / (distance.std() + 1e-8) / 0.3).square()  # (n,)
-    return colour.add_((KERNEL_SUM - 1) * place.softmax(0).to(images.device, non_blocking=True).view(1, -1, 1, 1))
+    distance = -(distance / (distance.std() + 1e-8) / 0.3).square()  # (n,)
+    distance = distance.softmax(0).to(images.device, non_blocking=True).view(1, -1, 1, 1)
+    return colour.add_((KERNEL_SUM - 1) * distance)
+
+
+def par_iteration(score, kernel, dilations=DILATIONS):
+    """One weighted sum over the neighbours: score (B, K, H, W), kernel (B, n, H, W) -> (B, K, H, W)."""
+    padded = F.pad(score, [max(dilations)] * 4, mode="replicate")
+    total = torch.zeros_like(score)
+    for weight, near in zip(kernel.unbind(1), neighbours(padded, dilations, score.shape[-2:])):
+        total.addcmul_(weight[:, None], near)
+    return total
+
+
+@lru_cache(maxsize=1)
+def fused_iteration():
+    """par_iteration as one CUDA kernel in place of 49, which read the score again and again (TORCH_COMPILE_DISABLE=1: not)."""
+    return torch.compile(par_iteration)
 
 
 def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATIONS):
@@ -94,27 +95,45 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
         raise ValueError(f"images are {tuple(images.shape[-2:])} and scores {tuple(score.shape[-2:])} pixels: resize one")
     if iterations < 0:
         raise ValueError(f"PAR with {iterations} iterations: 0 (none) or more")
+
     if images.device.type == "cpu":  # few images at a time stay in the cache, and absent classes need no work
         chunk = max(1, 2**16 // images[0, 0].numel())
         if len(images) > chunk:
-            return torch.cat([pixel_adaptive_refine(*part, dilations, iterations)
-                              for part in zip(images.split(chunk), score.split(chunk))])
+            parts = zip(images.split(chunk), score.split(chunk))
+            return torch.cat([pixel_adaptive_refine(*part, dilations, iterations) for part in parts])
         used = score.flatten(2).any(-1).any(0)
         if not used.all():
             refined = torch.zeros_like(score, dtype=torch.float32)
             if used.any():
                 refined[:, used] = pixel_adaptive_refine(images, score[:, used], dilations, iterations)
             return refined
-    weights = par_kernel(images, dilations)[:, :, None].unbind(1)  # n x (B, 1, H, W)
-    pad, score = [max(dilations)] * 4, score.float().clone()
-    padded = F.pad(score, pad, mode="replicate")  # written to again and again, so that the views below stay valid
-    near = list(neighbours(padded, dilations, score.shape[-2:]))
-    for i in range(iterations):
-        if i:
-            padded.copy_(F.pad(score, pad, mode="replicate"))
-        torch.mul(weights[0], near[0], out=score)
-        for weight, view in zip(weights[1:], near[1:]):
-            score.addcmul_(weight, view)
+
+    kernel, score = par_kernel(images, dilations), score.float()
+    iterate = fused_iteration() if score.is_cuda else par_iteration
+    for _ in range(iterations):
+        score = iterate(score, kernel, dilations)
+    return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random walk
+# ---------------------------------------------------------------------------------------------------------------------
+def random_walk(score, affinity, beta=1.0, steps=1):
+    """Spread a score along an affinity: T^steps score with T the row-normalised affinity^beta.
+
+    One step with beta 1 is the plain propagation of the paper, aream.propagate: its rows are not normalised (class
+    tokens take a part of each patch's attention, so the rows of a patch block sum to less than 1).
+    score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
+    """
+    if steps < 0 or beta <= 0:
+        raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
+    score, affinity = score.float(), affinity.float()
+    if steps == 1 and beta == 1:
+        return aream.propagate(affinity, score)
+    transition = affinity**beta
+    transition = transition / transition.sum(-1, keepdim=True).clamp_min(1e-12)
+    for _ in range(steps):
+        score = aream.propagate(transition, score)
     return score
 
 
@@ -144,17 +163,27 @@ def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iteration
     half = (max(1, H // 2), max(1, W // 2))
     cam = F.interpolate(cam.float(), size=half, mode="bilinear", align_corners=False)  # (B, K, h, w)
     cam = cam.masked_fill(present[..., None, None] == 0, float("-inf"))
+
+    # softmax over background and classes; the classes' scores alone, for both background scores
     background = [torch.full_like(cam[:, :1], beta) for beta in (low, high)]
     score = torch.cat([torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background], 1)  # (B, 2 K, h, w)
     small = F.interpolate(images.float(), size=half, mode="bilinear", align_corners=False)
     score = pixel_adaptive_refine(small, score, iterations=iterations)
     score = F.interpolate(score, size=(H, W), mode="bilinear", align_corners=False)
-    total = KERNEL_SUM**iterations  # of all K + 1 channels: the background's is what the classes leave of it
+
+    # argmax, the background's score being what the classes leave of the total
+    total = KERNEL_SUM**iterations
     values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)  # (B, K + 1)
     at_low, at_high = (
         values.gather(1, torch.cat([total - s.sum(1, keepdim=True), s], 1).max(1).indices.flatten(1)).view(-1, H, W)
         for s in score.chunk(2, 1))
     return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
+
+
+def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIONS):
+    """One image's pseudo-mask: pixels (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
+    class_ids = torch.as_tensor(class_ids).to(cam.device, non_blocking=True)[None]
+    return pseudo_label(pixels[None].float() / 255, cam[None], class_ids, torch.ones_like(class_ids), low, high, iterations)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,186 +208,193 @@ def parse_layers(text, depth):
 
 
 @torch.no_grad()
-def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1, observe=None,
-              precision="float32"):
+def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1, observe=None, precision="float32"):
     """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
     the class-attended CAM as it is; None: the patch map without the class tokens' attention; "entropy": all layers, each
-    with the re-activation weight 1 - e that it has in this view of the image). Every scale is seen with
-    its mirror image, padded to whole patches and cropped; the maps of all scales are added as they are, so that small
-    scales, where attention is shared by fewer patches, count more. observe: called with the ViTOutput (B = 2) of the
-    scale nearest to 1.
+    with the re-activation weight 1 - e that it has in this view of the image). Every scale is seen with its mirror
+    image, padded to whole patches and cropped; the maps of all scales are added as they are, so that small scales, where
+    attention is shared by fewer patches, count more. observe: called with the ViTOutput (B = 2) of the scale nearest to 1.
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
-    small = (-(-H // 4), -(-W // 4))
+    quarter = (-(-H // 4), -(-W // 4))
     total = {name: 0 for name in variants}
     images = data.normalise(pixels[None])
+    class_ids = torch.as_tensor(class_ids).to(pixels.device, non_blocking=True)
+
     for scale in scales:
         padded, (h, w) = data.mirrored_views(images, scale, model.patch)
         with data.autocast(pixels.device, precision):
-            out = model(padded, "affinity")
+            output = model(padded, "affinity")
         if observe and scale == min(scales, key=lambda s: abs(s - 1)):
-            observe(out)
-        attended = aream.class_attended_cam(out.cam, out.affinity)[:, class_ids]  # (2, K, gh, gw)
-        blocks = [aream.patch_block(a, attended.shape[-2] * attended.shape[-1]) for a in out.affinity]
+            observe(output)
+        plain = output.cam[:, class_ids]  # (2, K, gh, gw)
+        attended = aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
+        blocks = [aream.patch_block(a, plain[0, 0].numel()) for a in output.affinity]
+        present = torch.ones_like(plain[..., 0, 0])  # (2, K)
+
         for name, layers in variants.items():
-            cam = attended if layers is not None else out.cam[:, class_ids]
-            if layers == "entropy":
-                present = torch.ones_like(cam[..., 0, 0])  # (2, K)
-                weights, _ = aream.reactivation_weights(aream.layer_entropy(out.cam[:, class_ids], blocks, present))
-                cam = random_walk(attended, sum(weights[:, l, None, None] * block for l, block in enumerate(blocks)), beta, steps)
-            elif layers:
+            if layers is None:
+                cam = plain
+            elif not layers:
+                cam = attended
+            elif layers == "entropy":
+                w_layers, _ = aream.reactivation_weights(aream.layer_entropy(plain, blocks, present))
+                cam = random_walk(attended, sum(w_layers[:, l, None, None] * b for l, b in enumerate(blocks)), beta, steps)
+            else:
                 cam = random_walk(attended, sum(blocks[l] for l in layers) / len(layers), beta, steps)
             cam = F.interpolate(cam, size=padded.shape[-2:], mode="bilinear", align_corners=False)[..., :h, :w]
             cam = cam[:1] + cam[1:].flip(-1)
-            total[name] = total[name] + F.interpolate(cam, size=small, mode="bilinear", align_corners=False)
-    return {name: aream.normalise_cam(cam, torch.ones_like(cam[..., 0, 0]))[0] for name, cam in total.items()}
+            total[name] = total[name] + F.interpolate(cam, size=quarter, mode="bilinear", align_corners=False)
+    return {name: aream.normalise_cam(cam, present[:1])[0] for name, cam in total.items()}
 
 
-def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIONS):
-    """One image's pseudo-mask: pixels (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
-    class_ids = torch.as_tensor(class_ids, device=cam.device)[None]
-    return pseudo_label(pixels[None].float() / 255, cam[None], class_ids, torch.ones_like(class_ids), low, high, iterations)[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-def heat(pixels, cam):
-    """A CAM over its photo: pixels (H, W, 3) uint8, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue to red."""
-    cam = F.interpolate(torch.as_tensor(cam)[None, None].float().cpu(), size=pixels.shape[:2], mode="bilinear")[0, 0].numpy()
-    colour = np.stack([np.clip(1.5 - abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], -1) * 255
-    return (0.45 * pixels + 0.55 * colour).astype(np.uint8)
-
-
-def paint(mask):
-    """(H, W) mask -> (H, W, 3) uint8 in the VOC colours."""
-    return np.array(data.palette(), np.uint8).reshape(256, 3)[np.asarray(mask)]
-
-
-def fit(picture, side):
-    """(H, W, 3) uint8 -> PIL image whose longer side is side."""
-    picture = Image.fromarray(picture)
-    scale = side / max(picture.size)
-    return picture.resize([max(1, round(s * scale)) for s in picture.size], Image.NEAREST if scale > 1 else Image.LANCZOS)
-
-
-def contact_sheet(path, titles, rows, cell=160):
-    """Rows of (H, W, 3) uint8 pictures under column titles -> one PNG."""
-    rows = [[fit(picture, cell - 4) for picture in row] for row in rows]
-    heights = [4 + max(picture.height for picture in row) for row in rows]
-    sheet = Image.new("RGB", (cell * len(titles), 18 + sum(heights)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, title in enumerate(titles):
-        draw.text((x * cell + 4, 3), title, fill="black")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            top = 18 + sum(heights[:y]) + (heights[y] - picture.height) // 2
-            sheet.paste(picture, (x * cell + (cell - picture.width) // 2, top))
-    with data.replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
+def load_classifier(path, dataset, device, options=""):
+    """The stage-1 model of a checkpoint, in eval mode, and its config; dataset: what it must have been trained on."""
+    checkpoint = data.read_checkpoint(path, "cls", dataset, options)
+    config = checkpoint["config"]
+    model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"], image_size=config["size"])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 # ---------------------------------------------------------------------------------------------------------------------
-def load_classifier(path, dataset, device):
-    """The stage-1 model of a checkpoint, in eval mode, and its config."""
-    state = data.read_checkpoint(path, "cls", dataset.name, dataset.classes, dataset.options)
-    config = state["config"]
-    model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"], image_size=config["size"])
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), config
+def refining_arguments(parser):
+    add = parser.add_argument_group("CAM and random walk").add_argument
+    add("--scales", type=float, nargs="+", default=[1.0], help="of the image, each with its mirror image (default 1)")
+    add("--beta", type=float, default=1.0, help="random walk: power of the affinity (default 1)")
+    add("--steps", type=int, default=1, help="random walk: number of steps (default 1, the plain propagation)")
+    add("--max-side", type=int, default=800, metavar="PX", help="shrink larger photographs (default 800)")
 
 
-def refine_arguments(parser):
-    add = parser.add_argument
-    add("--scales", type=float, nargs="+", help="default 0.5 1 1.5; 1 for toy")
-    add("--beta", type=float, default=1.0, help="random walk: power of the affinity")
-    add("--steps", type=int, default=1, help="random walk: number of steps")
+def check_refining(args):
+    if min(args.scales) <= 0 or args.max_side < 16:
+        raise ValueError(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at least 16 px")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data.common_arguments(parser)
-    refine_arguments(parser)
-    add = parser.add_argument
-    add("--split", help="default: trainaug of VOC2012, else train")
-    add("--layers", default="all", help="layers whose mean affinity refines: all, none, like 0-6, or entropy: all, weighted by 1 - e")
-    add("--low", type=float, default=0.35, help="low background score")
-    add("--high", type=float, default=0.55, help="high background score; between the two lies the band of 255")
-    add("--par-iterations", type=int, default=ITERATIONS, help="of the pixel-adaptive refinement; 0: none")
-    add("--pictures", type=int, default=0, metavar="N", help="also write a contact sheet of the first N images")
-    add("--profile", type=data.profile_steps, metavar="N", help="time N images and write nothing")
-    return finish_args(parser.parse_args(argv))
-
-
-def finish_args(args):
+    parser = data.argument_parser(__doc__)
+    data.resuming_arguments(parser)
+    parser.add_argument("--split", help="default trainaug of VOC2012, else train")
+    parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH", help="refine these photographs (files, folders) instead")
+    parser.add_argument("--labels", metavar="A,B", help="for --photos: the classes they show (default: what the classifier believes)")
+    parser.add_argument("--profile", type=data.profile_steps, metavar="N", help="time N images and write nothing")
+    refining_arguments(parser)
+    add = parser.add_argument_group("pseudo-masks").add_argument
+    add("--layers", default="all", help="whose mean affinity refines: all (default), none, like 0-6, or entropy: all, times 1 - e")
+    add("--low", type=float, default=0.35, help="low background score (default 0.35)")
+    add("--high", type=float, default=0.55, help="high background score; between the two lies the band of 255 (default 0.55)")
+    add("--par-iterations", type=int, default=ITERATIONS, metavar="N", help="of the pixel-adaptive refinement (default 10)")
+    args = parser.parse_args(argv)
     args.split = args.split or data.training_split(args.data)
-    args.scales = args.scales or ([1.0] if args.data == "toy" else [0.5, 1.0, 1.5])
-    if min(args.scales) <= 0:
-        raise ValueError(f"--scales {args.scales}: every scale must be above 0")
+    check_refining(args)
     return args
 
 
-def profile(model, dataset, variants, args, device):
-    """Print where the time of --profile images goes; writes nothing."""
-    watch, warm_up = data.Stopwatch(device), 2
-    for i in range(warm_up + args.profile):
-        name = dataset.ids[i % len(dataset.ids)]
-        pixels, class_ids = pil_to_tensor(dataset.image(name)).to(device), dataset.labels(name)
-        watch("load")
-        cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps, precision=args.precision)["seed"]
-        watch("CAM")
-        pseudo_mask(pixels, class_ids, cam, args.low, args.high, args.par_iterations).cpu()
-        watch("PAR")
-        if i == warm_up - 1:
-            watch.reset()
-    print(f"refine.py, {dataset.name}, scales {args.scales}, {device}")
-    watch.table(args.profile)
+def refine_image(model, pixels, class_ids, args):
+    """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W), both on the device."""
+    shrunk = data.shrink(pixels, args.max_side)
+    variants = {"seed": parse_layers(args.layers, len(model.blocks))}
+    with record_function("CAM"):
+        cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps, precision=args.precision)["seed"]
+    with record_function("PAR"):
+        mask = pseudo_mask(shrunk, class_ids, cam, args.low, args.high, args.par_iterations)
+    return cam, data.enlarge(mask, pixels.shape[-2:])
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
+    if args.photos:
+        return refine_photos(args, device)
+
+    # data and classifier
     dataset = data.open_split(args, args.split)
-    model, _ = load_classifier(args.out / "cls" / "last.pt", dataset, device)
-    variants = {"seed": parse_layers(args.layers, len(model.blocks))}
+    classifier = args.out / "cls" / "last.pt"
+    model, _ = load_classifier(classifier, dataset, device, data.same_data(args))
+    parse_layers(args.layers, len(model.blocks))
     if args.profile:
-        return profile(model, dataset, variants, args, device)
-    args.made_from = {"classifier": data.fingerprint(args.out / "cls" / "last.pt")}  # --resume must not mix the CAMs of two
+        return profile(model, dataset, args, device)
     cams, masks = args.out / "cam", args.out / "pseudo"
     for folder in (cams, masks):
-        data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "pictures", "profile"))
-    done = lambda name: (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
-    begin, mine = time.time(), [n for n in dataset.ids[data.rank()::data.world()] if not done(n)]
-    for made, (name, pixels) in enumerate(data.photographs(dataset, mine, args.workers, device), 1):
-        pixels, class_ids = pixels.to(device), dataset.labels(name)
-        cam = seed_cams(model, pixels, class_ids, variants, args.scales, args.beta, args.steps, precision=args.precision)["seed"]
-        mask = pseudo_mask(pixels, class_ids, cam, args.low, args.high, args.par_iterations)
+        data.prepare_folder(folder, args, dataset, classifier=classifier)
+
+    # every image that is not there yet; of several processes each takes its share
+    def done(name):
+        return (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
+
+    begin, todo = time.time(), [n for n in dataset.ids[data.rank()::data.world()] if not done(n)]
+    for count, (name, pixels) in enumerate(data.photographs(dataset, todo, args.workers, device), 1):
+        class_ids = dataset.labels(name)
+        cam, mask = refine_image(model, pixels.to(device), class_ids, args)
         data.write_cam(cams / f"{name}.npz", class_ids, cam.cpu(), pixels.shape[-2:])
         data.write_mask(masks / f"{name}.png", mask.cpu().numpy())
-        if made % 20 == 0:
-            rate = made / (time.time() - begin)
-            data.progress(f"{made}/{len(mine)}  {rate:.1f} images/s  {(len(mine) - made) / rate / 60:.1f} minutes left")
+        if count % 20 == 0:
+            rate = count / (time.time() - begin)
+            data.progress(f"{count}/{len(todo)}  {rate:.1f} images/s  {(len(todo) - count) / rate / 60:.1f} minutes left")
     data.wait_for_all()
-    missing = [n for n in dataset.ids if not done(n)]
-    if missing:
+
+    # done
+    if missing := [n for n in dataset.ids if not done(n)]:
         raise FileNotFoundError(f"{len(missing)} images have no CAM or pseudo-mask, first {missing[0]}: run with --resume")
-    if data.rank():
-        return
-    data.log_line(masks, {"images": len(dataset.ids), "made": len(mine), "seconds": time.time() - begin})
-    if args.pictures:
-        rows = []
-        for name in dataset.ids[:args.pictures]:
-            photo = np.asarray(dataset.image(name))
-            _, cam, _ = data.read_cam(cams / f"{name}.npz")
-            rows.append([photo, heat(photo, cam.amax(0)), paint(data.read_mask(masks / f"{name}.png"))])
-        contact_sheet(args.out / "refine.png", ["photo", "refined CAM", "pseudo-mask"], rows)
-        print(f"{args.out / 'refine.png'} shows the first {len(rows)} images")
+    seconds = time.time() - begin
+    data.log_line(masks, {"images": len(dataset.ids), "refined": len(todo), "images/s": len(todo) / seconds,
+                          "precision": args.precision, "seconds": seconds})
+
+
+@torch.no_grad()
+def believed_classes(model, pixels, size, precision):
+    """The classes that the classifier sees in a photograph, likeliest first, at least one: [(class index, probability)]."""
+    square = data.normalise(TF.resize(pixels, [size, size], antialias=True)[None])
+    with data.autocast(pixels.device, precision):
+        output = model(square)
+    prob = ((output.class_logits + output.patch_logits).float() / 2).sigmoid()[0].cpu()
+    order = prob.argsort(descending=True).tolist()
+    return [(c, prob[c].item()) for i, c in enumerate(order) if i == 0 or prob[c] > 0.5]
+
+
+def refine_photos(args, device):
+    """CAM and pseudo-mask of any photographs; needs the classifier alone."""
+    model, config = load_classifier(args.out / "cls" / "last.pt", None, device, data.same_data(args))
+    classes, given = config["classes"], [name.strip() for name in (args.labels or "").split(",") if name.strip()]
+    if unknown := [name for name in given if name not in classes]:
+        raise ValueError(f"--labels: the classifier does not know {unknown[0]!r}; it knows {', '.join(classes)}")
+
+    for path in data.photo_files(args.photos):
+        pixels = TF.pil_to_tensor(data.read_image(path))
+        if given:
+            class_ids, said = [classes.index(name) for name in given], ", ".join(given)
+        else:
+            believed = believed_classes(model, pixels.to(device), config["size"], args.precision)
+            class_ids, said = [c for c, _ in believed], ", ".join(f"{classes[c]} {prob:.2f}" for c, prob in believed)
+        cam, mask = refine_image(model, pixels.to(device), class_ids, args)
+
+        target = args.out / "photos" / f"{path.stem}.cam.png"
+        data.write_mask(target, mask.cpu().numpy())
+        full = F.interpolate(cam[None].cpu(), size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0]
+        score, winner = full.max(0)
+        values = data.mask_value(torch.tensor(class_ids))
+        colours = data.voc_colours()[values[winner].numpy()] * score[..., None].numpy()
+        legend = {classes[c]: data.voc_colours()[v] for c, v in zip(class_ids, values.tolist())}
+        data.write_overlay(target.with_suffix(".jpg"), pixels, colours, legend)
+        print(f"{path.name}: {said}  ->  {target}, {target.with_suffix('.jpg').name}", flush=True)
+
+
+def profile(model, dataset, args, device):
+    """Print where the time of --profile images goes; writes nothing."""
+    def step(i):
+        name = dataset.ids[i % len(dataset.ids)]
+        with record_function("load"):
+            pixels = TF.pil_to_tensor(dataset.image(name)).to(device)
+        refine_image(model, pixels, dataset.labels(name), args)[1].cpu()
+
+    print(f"refine.py, {dataset.name}, scales {args.scales}, {device}, {args.precision}")
+    data.profile(step, args.profile, device)
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

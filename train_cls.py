@@ -3,208 +3,205 @@
 Reads  images and image-level labels of --split; DeiT weights (--pretrained).
 Writes <out>/cls/{args.json, log.jsonl, last.pt, warmup.pt}: warmup.pt is the state at the end of the warm-up, from
        which another run can start with --branch-from.
-Run    python train_cls.py --data VOC2012                   (the paper's run)
-Expect on 2 CPU cores, DeiT-Tiny, 224 px: 13.1 images/s plain, 7.8 with the AReAM loss (2026-11-22). On a GPU: not yet run.
+Run    python train_cls.py --data VOC2012
+Expect on one CPU core, DeiT-Tiny, 224 px, bfloat16: 22 images/s plain, 12 with the AReAM loss.
 """
-import argparse
 import math
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import record_function
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 import aream
 import data
 import model as vit
 from refine import present_classes, pseudo_label
 
-PAPER = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto",
-             deep_from=7, affinity_weight=0.1, drop_path=0.1, lr=None)
-RECIPES = {  # defaults that differ from the paper's VOC run
+DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto",
+                deep_from=7, affinity_weight=0.1, drop_path=0.1)
+RECIPES = {  # what other data sets need instead
     "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=8, pretrained="none",
                 deep_from=2, affinity_weight=2.0, drop_path=0.0, lr=1e-3),
 }
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    data.common_arguments(parser)
-    add("--split", help="images to train on (default: trainaug of VOC2012, else train)")
-    add("--preset", choices=vit.PRESETS, help="default deit_small, toy for --data toy")
-    add("--depth", type=int, help="use the first blocks only")
-    add("--pretrained", help="auto: download DeiT's ImageNet-1k weights; a path; none: from scratch")
-    add("--branch-from", metavar="CKPT", help="go on from this checkpoint of another run, with this run's settings")
-    add("--size", type=int, help="pixels a side of a training crop")
-    add("--batch", type=int)
-    add("--epochs", type=int)
-    add("--warmup-epochs", type=int, help="epochs without the AReAM loss")
-    add("--lr", type=float, help="default 5e-4 * batch / 512; 1e-3 for toy")
-    add("--weight-decay", type=float, default=0.05)
-    add("--drop-path", type=float, help="default 0.1; 0 for toy")
-    add("--reactivation", choices=aream.REACTIVATION, default="entropy", help="none: the plain classifier")
+    parser = data.argument_parser(__doc__)
+    data.resuming_arguments(parser)
+    parser.add_argument("--download", action="store_true", help="fetch VOC2012 (2 GB) or COCO2014 (20 GB) first, if it is not there")
+    parser.add_argument("--profile", type=data.profile_steps, metavar="N", help="time N steps, plain and AReAM, and write nothing")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=vit.PRESETS, help="default deit_small, the paper's; toy for --data toy")
+    add("--depth", type=int, metavar="N", help="use the first N blocks only (the paper studies 6, 8, 10, 12)")
+    add("--pretrained", metavar="auto|none|PATH", help="auto: download DeiT's ImageNet-1k weights (default); none: from scratch")
+    add("--drop-path", type=float, metavar="P", help="default 0.1; toy 0")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--split", help="default trainaug of VOC2012, else train")
+    add("--branch-from", metavar="CKPT", help="go on from another run's checkpoint, with this run's settings")
+    add("--augment", choices=AUGMENTATIONS, default="jitter", help="release: the authors' (default jitter)")
+    add("--size", type=int, metavar="PX", help="side of a training crop (default 224; toy 64)")
+    add("--batch", type=int, help="default 64; toy 16")
+    add("--epochs", type=int, help="default 60; toy 15")
+    add("--warmup-epochs", type=int, metavar="N", help="of these without the AReAM loss (default 10; toy 8)")
+    add("--lr", type=float, help="default 5e-4 * batch / 512; toy 1e-3")
+    add("--weight-decay", type=float, default=0.05, metavar="D", help="default 0.05")
+
+    add = parser.add_argument_group("AReAM").add_argument
+    add("--reactivation", choices=aream.REACTIVATION, default="entropy", help="default entropy; none: the plain classifier")
     add("--entropy", choices=("online", "static"), default="online",
-        help="per image in each step, or averaged over the training images once, at the end of the warm-up")
+        help="of each image in each step (default), or averaged once at the end of the warm-up (release)")
     add("--coupling", choices=("all", "split"), default="all",
-        help="every layer guides and is supervised, or those below --deep-from guide the others")
-    add("--deep-from", type=int, help="first deep layer, 0-based (default 7; 2 for toy)")
-    add("--affinity-weight", type=float, help="of the AReAM loss (default 0.1; 2 for toy)")
-    add("--labels", choices=("two-views", "one-view", "shared"), default="two-views",
-        help="made in an extra pass in eval mode over the image and its mirror image (default), over the image alone, or "
-             "in the training pass itself, drop-path included")
-    add("--low", type=float, default=0.35, help="low background score of the pseudo-label")
-    add("--high", type=float, default=0.55, help="high background score")
-    add("--augment", choices=data.AUGMENTATIONS, default="jitter", help="of the training images")
-    add("--profile", type=data.profile_steps, metavar="N", help="time N steps, plain and with the AReAM loss, and write nothing")
+        help="every layer guides and is supervised (default), or those below --deep-from guide the others (release)")
+    add("--deep-from", type=int, metavar="L", help="first deep layer, 0-based (default 7; toy 2)")
+    add("--affinity-weight", type=float, metavar="W", help="of the AReAM loss (default 0.1; toy 2)")
+    add("--labels", choices=("two-views", "shared"), default="two-views",
+        help="from an extra pass over image and mirror image (default), or from the training pass itself")
+    add("--low", type=float, default=0.35, help="low background score of the pseudo-label (default 0.35)")
+    add("--high", type=float, default=0.55, help="high background score (default 0.55)")
     args = parser.parse_args(argv)
-    for key, value in {**PAPER, **RECIPES.get(args.data, {})}.items():
+
+    for key, value in {**DEFAULTS, **RECIPES.get(args.data, {})}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.split = args.split or data.training_split(args.data)
-    if args.lr is None:
-        args.lr = 5e-4 * args.batch / 512
+    args.lr = args.lr or 5e-4 * args.batch / 512
     if not 0 <= args.warmup_epochs <= args.epochs or args.epochs < 1:
         parser.error(f"--epochs {args.epochs} --warmup-epochs {args.warmup_epochs}: 0 <= warm-up <= epochs, epochs >= 1")
+    if args.size < 1 or args.size % vit.PRESETS[args.preset]["patch"]:
+        parser.error(f"--size {args.size}: not a multiple of the patch size {vit.PRESETS[args.preset]['patch']}")
     return args
 
 
-@torch.no_grad()
-def label_pass(model, pixels, args):
-    """The forward pass that labels are made from, in eval mode: pixels (B, 3, H, W) uint8 -> ViTOutput of V * B images.
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+def erase(pixels):
+    """Random erasing: with probability 0.25, noise in 2 to 33 % of the area; pixels (3, H, W) uint8 in and out."""
+    standard = v2.functional.normalize(v2.functional.to_dtype(pixels, torch.float32, scale=True), [0.45] * 3, [0.225] * 3)
+    erased = v2.RandomErasing(0.25, value="random")(standard)
+    return (255 * (0.45 + 0.225 * erased)).clamp(0, 255).round().to(torch.uint8)
 
-    V views: the image, and with --labels two-views its mirror image.
+
+AUGMENTATIONS = {  # name -> transforms of a PIL image into (3, size, size) uint8
+    "jitter": lambda size: [
+        v2.RandomResizedCrop(size, scale=(0.3, 1)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4),
+        v2.PILToTensor()],
+    "release": lambda size: [
+        v2.RandomResizedCrop(size, scale=(0.08, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+        *[v2.RandomApply([v2.RandAugment(1, magnitude=27)], 0.5) for _ in range(2)],  # 27 of 30, as 9 of 10
+        v2.PILToTensor(), v2.Lambda(erase)],
+}
+
+
+class ClassificationSet(Dataset):
+    """(image (3, size, size) uint8, labels (C,)) by (index, seed): augmented, or (None) squeezed to a square."""
+
+    def __init__(self, dataset, size, augment=None):
+        self.dataset = dataset
+        self.transform = v2.Compose(AUGMENTATIONS[augment](size) if augment else [v2.Resize((size, size)), v2.PILToTensor()])
+        self.labels = torch.stack([dataset.label_vector(name) for name in dataset.ids])  # read, and checked, up front
+
+    def __len__(self):
+        return len(self.dataset.ids)
+
+    def __getitem__(self, key):
+        index, seed = key
+        image = self.dataset.image(self.dataset.ids[index])
+        with data.seeded(seed):
+            return self.transform(image), self.labels[index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def label_pass(model, pixels, precision):
+    """The forward pass that labels are made from, in eval mode, over the image and its mirror image.
+
+    pixels (B, 3, H, W) uint8 -> ViTOutput of 2 * B images.
     """
     images = data.normalise(pixels)
     model.eval()
-    with data.autocast(pixels.device, args.precision):
-        out = model(torch.cat([images, images.flip(-1)]) if args.labels == "two-views" else images, "affinity")
+    with data.autocast(pixels.device, precision):
+        output = model(torch.cat([images, images.flip(-1)]), "affinity")
     model.train()
-    return out
+    return output
 
 
 @torch.no_grad()
-def make_labels(out, pixels, labels, guide, args, entropy=None, mark=data.no_mark):
+def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=None, low=0.35, high=0.55):
     """The affinity labels and counterpart weights of a batch, from a forward pass over one or two views of it.
 
-    out: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; labels (B, C); guide: layer indices; entropy (L,) in bits
-    replaces each image's own (--entropy static). Returns label (B, P, P) in {0, 1, 255}, w_hat (B, L), mask (B, H, W).
+    output: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; labels (B, C); guide: layer indices; entropy (L,) in
+    bits replaces each image's own (--entropy static).
+    Returns label (B, P, P) in {0, 1, 255}, w_hat (B, L), mask (B, H, W).
     """
     B = len(pixels)
-    V = len(out.cam) // B
-    if entropy is None:
-        entropy = aream.layer_entropy(out.cam, out.affinity, labels.repeat(V, 1)).view(V, B, -1).mean(0)  # (B, L)
-    w, w_hat = aream.reactivation_weights(entropy.expand(B, -1), args.reactivation)
-    cam = aream.guided_cam(out.cam, out.affinity, w.repeat(V, 1), guide)  # (V * B, C, gh, gw)
-    if V == 2:
-        cam = cam[:B] + cam[B:].flip(-1)
-    class_ids, present = present_classes(labels)
-    cam = cam[torch.arange(B, device=cam.device)[:, None], class_ids]  # (B, K, gh, gw): from here on no absent class
-    size = [side // 2 for side in pixels.shape[-2:]]  # PAR works at half size
-    cam = aream.normalise_cam(F.interpolate(cam, size=size, mode="bilinear", align_corners=False), present)
-    mark("label CAM")
-    mask = pseudo_label(pixels.float() / 255, cam, class_ids, present, args.low, args.high)
-    label = aream.affinity_label(mask, out.cam.shape[-2:])
-    mark("PAR")
+    V = len(output.cam) // B
+
+    with record_function("label CAM"):
+        if entropy is None:
+            entropy = aream.layer_entropy(output.cam, output.affinity, labels.repeat(V, 1)).view(V, B, -1).mean(0)
+        w, w_hat = aream.reactivation_weights(entropy.expand(B, -1), reactivation)  # each (B, L)
+        cam = aream.guided_cam(output.cam, output.affinity, w.repeat(V, 1), guide)  # (V * B, C, gh, gw)
+        if V == 2:
+            cam = cam[:B] + cam[B:].flip(-1)
+        class_ids, present = present_classes(labels)
+        cam = cam[torch.arange(B, device=cam.device)[:, None], class_ids]  # (B, K, gh, gw): no absent class from here on
+        half = [side // 2 for side in pixels.shape[-2:]]  # PAR works at half size
+        cam = F.interpolate(cam, size=half, mode="bilinear", align_corners=False)
+        cam = aream.normalise_cam(cam, present)
+
+    with record_function("PAR"):
+        mask = pseudo_label(pixels.float() / 255, cam, class_ids, present, low, high)
+        label = aream.affinity_label(mask, output.cam.shape[-2:])
     return label, w_hat, mask
 
 
-def train_step(model, optimizer, batch, args, active, coupling, entropy=None, mark=data.no_mark):
+def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
     """One optimiser step on batch = (pixels, labels) -> its classification and affinity loss, (2,) detached.
 
-    active: with the AReAM loss. coupling: the guide and the supervised layers. Raises FloatingPointError, with the
-    weights as they were, if the loss is not finite.
+    active: with the AReAM loss. coupling: the guide and the supervised layers. entropy: see make_labels.
     """
     (pixels, labels), (guide, supervised) = batch, coupling
     shared = active and args.labels == "shared"
+    settings = (pixels, labels, guide, args.reactivation, entropy, args.low, args.high)
+
+    # Affinity labels, from a pass of their own or from the training pass.
     if active and not shared:
-        label, w_hat, _ = make_labels(label_pass(model, pixels, args), pixels, labels, guide, args, entropy, mark)
-    with data.autocast(pixels.device, args.precision):
-        out = model(data.normalise(pixels), True if shared else "logits" if active else False)
-    mark("forward")
+        with record_function("label pass"):
+            views = label_pass(model, pixels, args.precision)
+        label, w_hat, _ = make_labels(views, *settings)
+    with record_function("forward"), data.autocast(pixels.device, args.precision):
+        output = model(data.normalise(pixels), True if shared else "logits" if active else False)
     if shared:
-        label, w_hat, _ = make_labels(out, pixels, labels, guide, args, entropy, mark)
-    cls_loss = aream.classification_loss(out.class_logits.float(), out.patch_logits.float(), labels)
-    aff_loss = torch.zeros((), device=pixels.device)
-    if active:  # the pairs of the whole batch, which several processes may share; their gradients are averaged
-        pairs = data.sum_over_all(aream.count_pairs(label))
-        aff_loss = data.world() * aream.aream_loss(out.affinity_logits, label, w_hat, supervised, pairs)
-    loss = cls_loss + args.affinity_weight * aff_loss
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss {loss.item()}")
-    mark("loss")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    mark("backward")
-    optimizer.step()
-    mark("optimiser")
+        label, w_hat, _ = make_labels(output, *settings)
+
+    # Classification + affinity loss.
+    with record_function("loss"):
+        cls_loss = aream.classification_loss(output.class_logits.float(), output.patch_logits.float(), labels)
+        aff_loss = torch.zeros((), device=pixels.device)
+        if active:  # the pairs of the whole batch, which several processes may share; their gradients are averaged
+            pairs = data.sum_over_all(aream.count_pairs(label))
+            aff_loss = data.world() * aream.aream_loss(output.affinity_logits, label, w_hat, supervised, pairs)
+
+    with record_function("backward"):
+        optimizer.zero_grad(set_to_none=True)
+        (cls_loss + args.affinity_weight * aff_loss).backward()
+    with record_function("optimiser"):
+        optimizer.step()
     return torch.stack([cls_loss.detach(), aff_loss.detach()])
 
 
-def profile(model, optimizer, batches, args, coupling, device):
-    """Print where the time of --profile steps goes, plain and with the AReAM loss; writes nothing."""
-    views = {"two-views": 2, "one-view": 1, "shared": 0}[args.labels]
-    forward = args.batch * model.flops((args.size // model.patch,) * 2)
-    rates = []
-    for active in (False, True)[:1 + (args.reactivation != "none")]:
-        watch, step = data.Stopwatch(device), -2  # two steps to warm up
-        while step < args.profile:
-            for batch in batches:
-                batch = [part.to(device) for part in batch]
-                watch("load")
-                train_step(model, optimizer, batch, args, active, coupling, mark=watch)
-                step += 1
-                if step == 0:
-                    watch.reset()
-                if step == args.profile:
-                    break
-        print(f"{'AReAM' if active else 'plain'} step, {args.preset}, {args.size} px, batch {args.batch}, {device}")
-        rates.append(watch.table(args.profile, args.batch, forward * (3 + views * active)))
-    images = len(batches.dataset)
-    seconds = images * (args.warmup_epochs / rates[0] + (args.epochs - args.warmup_epochs) / rates[-1])
-    print(f"{args.epochs} epochs, {args.warmup_epochs} of them warm-up, of {images} images at these rates: {seconds / 60:.1f} minutes")
-
-
-@torch.no_grad()
-def mean_entropy(model, batches, args, device):
-    """Layer entropy averaged over the images of an epoch -> (L,) bits."""
-    model.eval()
-    total, count = 0, 0
-    for pixels, labels in batches:
-        pixels, labels = pixels.to(device), labels.to(device)
-        with data.autocast(pixels.device, args.precision):
-            out = model(data.normalise(pixels), "affinity")
-        total = total + aream.layer_entropy(out.cam, out.affinity, labels).sum(0)
-        count += len(labels)
-    model.train()
-    return data.sum_over_all(total) / (count * data.world())
-
-
-@torch.no_grad()
-def validate(model, samples, args, device):
-    """Class mAP in percent on a ClassificationSet (mean over classes that occur of the average precision over images)."""
-    model.eval()
-    logits, target = [], []
-    for pixels, labels in data.plain_loader(samples, args.batch, args.workers):
-        with data.autocast(device, args.precision):
-            out = model(data.normalise(pixels.to(device)))
-        logits.append((out.class_logits + out.patch_logits).float().cpu())
-        target.append(labels)
-    model.train()
-    return 100 * mean_average_precision(torch.cat(logits), torch.cat(target))
-
-
-def mean_average_precision(logits, labels):
-    """logits, labels (images, C) -> mean over the classes that occur of average precision, in [0, 1]."""
-    precisions = []
-    for score, label in zip(logits.T, labels.T):
-        if label.any():
-            hit = label[score.argsort(descending=True)]
-            rank = torch.arange(1, len(hit) + 1)
-            precisions.append(((hit.cumsum(0) / rank) * hit).sum() / hit.sum())
-    return torch.stack(precisions).mean().item()
-
-
+# ---------------------------------------------------------------------------------------------------------------------
+# One epoch
+# ---------------------------------------------------------------------------------------------------------------------
 def schedule(done):
     """Learning rate, as a share of --lr, when a share done in [0, 1] of the training is over: as in the release.
 
@@ -215,94 +212,207 @@ def schedule(done):
     return 0.16 + 0.84 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    device = data.start(args)
-    dataset = data.open_split(args, args.split)
-    val = data.ClassificationSet(data.open_split(args, "val"), args.size)
-    samples = data.ClassificationSet(dataset, args.size, args.augment)
-    batches = data.train_loader(samples, args.batch, args.seed, args.workers, device)
-    model = vit.build(args.preset, len(dataset.classes), depth=args.depth, image_size=args.size)
-    coupling = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
-    folder = args.out / "cls"
-    state = None
-    if args.resume and (folder / "last.pt").is_file():
-        state = data.read_checkpoint(folder / "last.pt", "cls", dataset.name, dataset.classes)
+def train_one_epoch(model, optimizer, loader, args, epoch, coupling, entropy, device):
+    """All steps of an epoch -> its log record. Raises FloatingPointError soon after a loss that is not finite."""
+    active = args.reactivation != "none" and epoch >= args.warmup_epochs
+    loader.sampler.set_epoch(epoch)
+    torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # drop-path; a resumed epoch repeats it
+    model.train()
+    sums, begin, steps = torch.zeros(2, device=device), time.time(), len(loader)
+
+    for step, (pixels, labels) in enumerate(loader, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule((epoch + (step - 1) / steps) / args.epochs)
+        batch = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        sums += train_step(model, optimizer, batch, args, active, coupling, entropy)
+
+        if step % 20 == 0 or step == steps:  # not each step, since looking at a loss makes a GPU wait
+            if not sums.isfinite().all():
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {max(1, step - 19)} to {step}")
+            rate = step * args.batch / (time.time() - begin)
+            data.progress(f"step {step}/{steps}  losses {sums[0] / step:.4f} {sums[1] / step:.4f}  {rate:.1f} images/s")
+
+    seconds = time.time() - begin
+    cls_loss, aff_loss = (data.sum_over_all(sums) / steps / data.world()).tolist()
+    return {"epoch": epoch + 1, "cls_loss": cls_loss, "aff_loss": aff_loss, "lr": optimizer.param_groups[0]["lr"],
+            "precision": args.precision, "images/s": steps * args.batch / seconds, "seconds": seconds}
+
+
+@torch.no_grad()
+def mean_entropy(model, loader, precision, device):
+    """Layer entropy averaged over the images of an epoch -> (L,) bits."""
+    model.eval()
+    total, count = 0, 0
+    for pixels, labels in loader:
+        with data.autocast(device, precision):
+            output = model(data.normalise(pixels.to(device)), "affinity")
+        total = total + aream.layer_entropy(output.cam, output.affinity, labels.to(device)).sum(0)
+        count += len(labels)
+    model.train()
+    return data.sum_over_all(total) / (count * data.world())
+
+
+@torch.no_grad()
+def validate(model, samples, args, device):
+    """Class mAP in percent on a ClassificationSet."""
+    model.eval()
+    logits, target = [], []
+    in_order = [(index, 0) for index in range(len(samples))]
+    for pixels, labels in DataLoader(samples, args.batch, sampler=in_order, num_workers=args.workers):
+        with data.autocast(device, args.precision):
+            output = model(data.normalise(pixels.to(device)))
+        logits.append((output.class_logits + output.patch_logits).float().cpu())
+        target.append(labels)
+    return 100 * mean_average_precision(torch.cat(logits), torch.cat(target))
+
+
+def mean_average_precision(logits, labels):
+    """logits, labels (images, C) -> mean over the classes that occur of average precision over images, in [0, 1]."""
+    precisions = []
+    for score, label in zip(logits.T, labels.T):
+        if label.any():
+            hit = label[score.argsort(descending=True)]
+            place = torch.arange(1, len(hit) + 1)
+            precisions.append(((hit.cumsum(0) / place) * hit).sum() / hit.sum())
+    return torch.stack(precisions).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+# ---------------------------------------------------------------------------------------------------------------------
+def make_optimizer(model, args):
+    """AdamW; biases, norms, tokens and position embeddings are not decayed."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "token" in name or "pos_embed" in name:
+            plain.append(parameter)
+        else:
+            decayed.append(parameter)
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                              {"params": plain, "weight_decay": 0.0}], lr=args.lr)
+
+
+def restore(model, optimizer, args, dataset, folder):
+    """Where training begins: resumed, branched, from pretrained weights or from scratch.
+
+    Loads model and optimizer in place. Returns the first epoch, and the static entropy (L,) if there is one.
+    """
+    last = folder / "last.pt"
+    if args.resume and last.is_file():
+        checkpoint = data.read_checkpoint(last, "cls", dataset)
     elif args.branch_from:
         if args.overwrite and folder.resolve() in Path(args.branch_from).resolve().parents:
             raise ValueError(f"--overwrite would delete {args.branch_from}, from which to branch: use another --out")
-        state = data.read_checkpoint(args.branch_from, "cls", dataset.name, dataset.classes, dataset.options)
-    elif args.pretrained != "none":
-        vit.load_pretrained(model, args.pretrained)
+        checkpoint = data.read_checkpoint(args.branch_from, "cls", dataset, data.same_data(args))
+        if checkpoint["epoch"] >= args.epochs:
+            raise ValueError(f"{args.branch_from} is already at epoch {checkpoint['epoch']}: give more than --epochs {args.epochs}")
+    else:
+        if args.pretrained != "none":
+            vit.load_pretrained(model, args.pretrained)
+        return 0, None
+
+    config = {key: checkpoint["config"][key] for key in ("preset", "depth", "size")}
+    if config != {key: getattr(args, key) for key in config}:
+        raise ValueError(f"the checkpoint to go on from has {config}; give the same settings")
+    model.load_state_dict(checkpoint["model"])
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, decay in zip(optimizer.param_groups, decays):  # this run's, not the other's
+        group["weight_decay"] = decay
+    return checkpoint["epoch"], checkpoint["entropy"]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = data.start(args)
+    folder = args.out / "cls"
+
+    # data
+    if args.download and not data.rank():
+        data.download(args.data, args.data_root)
+    data.wait_for_all()
+    dataset = data.open_split(args, args.split)
+    val = open_validation(args, dataset)
+    samples = ClassificationSet(dataset, args.size, args.augment)
+    loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
+
+    # model, optimiser, where to begin
+    model = vit.build(args.preset, len(dataset.classes), depth=args.depth, image_size=args.size)
+    coupling = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
     model.to(device).set_drop_path(args.drop_path)
-    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or "token" in name or "pos_embed" in name  # not decayed
-        groups[plain]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr)
-    first, entropy = 0, None
-    if state:
-        config = {k: state["config"][k] for k in ("preset", "depth", "size")}
-        if config != {k: getattr(args, k) for k in config}:
-            raise ValueError(f"the checkpoint to go on from has {config}; give the same settings")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-            group["weight_decay"] = decay
-        first = state["epoch"]
-        if first >= args.epochs and not args.resume:
-            raise ValueError(f"{args.branch_from} is already at epoch {first}: give more than --epochs {args.epochs}")
-        entropy = None if state["entropy"] is None else state["entropy"].to(device)
+    optimizer = make_optimizer(model, args)
+    first, entropy = restore(model, optimizer, args, dataset, folder)
     if args.profile:
-        return profile(model, optimizer, batches, args, coupling, device)
-    data.prepare_folder(folder, args)
-    config = {**{k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, type(None)))},
-              "data": dataset.name, "classes": list(dataset.classes)}
-    per_epoch, trained = len(batches), data.distributed(model, device)
+        return profile(model, optimizer, loader, args, coupling, device)
+    data.prepare_folder(folder, args, dataset)
+    config = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, type(None)))}
+    config.update(data=dataset.name, classes=list(dataset.classes))
 
     def save(name, epoch):
         data.write_checkpoint(folder / name, {
-            "stage": "cls", "config": config, "epoch": epoch, "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(), "entropy": entropy.cpu() if entropy is not None else None})
+            "stage": "cls", "config": config, "epoch": epoch, "entropy": entropy,
+            "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
-    begin = time.time()
+    # train
+    wrapped, begin, saved = data.distributed(model, device), time.time(), time.time()
     for epoch in range(first, args.epochs):
-        active = args.reactivation != "none" and epoch >= args.warmup_epochs
-        batches.sampler.set_epoch(epoch)
-        torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # drop-path; a resumed epoch repeats it
-        if active and args.entropy == "static" and entropy is None:
-            entropy = mean_entropy(model, batches, args, device)
-        model.train()
-        sums, epoch_begin = torch.zeros(2, device=device), time.time()
-        for step, batch in enumerate(batches):
-            done = (epoch + step / per_epoch) / args.epochs
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * schedule(done)
-            batch = [part.to(device, non_blocking=True) for part in batch]
-            try:
-                losses = train_step(trained, optimizer, batch, args, active, coupling,
-                                    entropy if args.entropy == "static" else None)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error} in epoch {epoch + 1}, step {step}: stopped; the last good state is in "
-                                         f"{folder}; lower --lr or look at the images of this step") from error
-            sums += losses
-            if step % 20 == 19:
-                rate = (step + 1) * args.batch / (time.time() - epoch_begin)
-                data.progress(f"step {step + 1}/{per_epoch}  losses {losses[0]:.4f} {losses[1]:.4f}  {rate:.1f} images/s")
-        seconds = time.time() - epoch_begin
-        cls_mean, aff_mean = (data.sum_over_all(sums) / per_epoch / data.world()).tolist()
-        left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
+        if args.entropy == "static" and args.reactivation != "none" and epoch >= args.warmup_epochs and entropy is None:
+            entropy = mean_entropy(model, loader, args.precision, device).cpu()
+        static = entropy.to(device) if args.entropy == "static" and entropy is not None else None
+        try:
+            record = train_one_epoch(wrapped, optimizer, loader, args, epoch, coupling, static, device)
+        except FloatingPointError as error:
+            kept = f"the last good state is {folder / 'last.pt'}" if (folder / "last.pt").is_file() else "nothing is written yet"
+            raise FloatingPointError(f"{error}; {kept}. Lower --lr, or look at the images of these steps") from error
         if epoch + 1 == args.warmup_epochs:
             save("warmup.pt", epoch + 1)
-        save("last.pt", epoch + 1)
-        data.log_line(folder, {"epoch": epoch + 1, "cls_loss": cls_mean, "aff_loss": aff_mean,
-                               "lr": optimizer.param_groups[0]["lr"], "images/s": per_epoch * args.batch / seconds,
-                               "minutes_left": left / 60, "seconds": seconds})
-    if data.rank():
-        return
-    print(f"class mAP on val (information only, nothing is chosen by it): {validate(model, val, args, device):.1f}")
-    print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on {device}")
+        if epoch + 1 in (args.warmup_epochs, args.epochs) or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
+            save("last.pt", epoch + 1)
+            saved = time.time()
+        record["minutes_left"] = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1) / 60
+        data.log_line(folder, record)
+
+    # class mAP, for information: nothing is chosen by it
+    if not data.rank():
+        if val is None:
+            print(f"no class mAP: {args.data} has no val list")
+        else:
+            data.log_line(folder, {"val_class_mAP": validate(model, val, args, device)})
+        print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on {device}, {args.precision}")
+    data.wait_for_all()
+
+
+def open_validation(args, dataset):
+    """The val split as a ClassificationSet; None for own data without such a list."""
+    if args.data not in data.DATASETS and not (Path(args.data) / "ImageSets" / "Segmentation" / "val.txt").is_file():
+        return None
+    return ClassificationSet(data.open_split(args, "val", like=dataset), args.size)
+
+
+def profile(model, optimizer, loader, args, coupling, device):
+    """Print where the time of --profile steps goes, plain and with the AReAM loss, and what the run would take."""
+    views = {"two-views": 2, "shared": 0}[args.labels]
+    forward = args.batch * model.flops((args.size // model.patch,) * 2)
+
+    def batches():
+        while True:
+            yield from loader
+
+    rates = []
+    for active in (False, True)[:1 + (args.reactivation != "none")]:
+        source = batches()
+
+        def step(_):
+            with record_function("load"):
+                batch = [part.to(device, non_blocking=True) for part in next(source)]
+            train_step(model, optimizer, batch, args, active, coupling)
+
+        print(f"{'AReAM' if active else 'plain'} step, {args.preset}, {args.size} px, batch {args.batch}, {device}, {args.precision}")
+        rates.append(data.profile(step, args.profile, device, args.batch, forward * (3 + views * active)))
+    images = len(loader) * args.batch
+    seconds = images * (args.warmup_epochs / rates[0] + (args.epochs - args.warmup_epochs) / rates[-1])
+    print(f"{args.epochs} epochs, {args.warmup_epochs} of them warm-up, of {images} images at these rates: {seconds / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -1,26 +1,29 @@
 """Stage 3: a torchvision DeepLab trained on pseudo-masks, and its predictions.
 
-Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; ground truth only to refuse masks that equal it.
-Writes <out>/seg/{args.json, log.jsonl, last.pt} and <out>/pred/<split>/<image>.png for --predict-split.
+Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; or, trained, any photographs (--photos).
+Writes <out>/seg/{args.json, log.jsonl, last.pt} and <out>/pred/<split>/<image>.png for --predict-split;
+       of photographs <out>/photos/<name>.png (the mask) and .overlay.jpg (the photograph under it).
 Run    python train_seg.py --data VOC2012                   (after refine.py)
-Expect on 2 CPU cores, deeplabv3_vit of DeiT-Tiny, 224 px: 8.2 to 8.7 images/s; prediction at 320 px 4.7 images/s (2026-11-22).
+Expect on one CPU core, deeplabv3_vit of DeiT-Tiny, 224 px, bfloat16: EXPECT images/s.
 """
-import argparse
 import shutil
 import time
 from pathlib import Path
-from urllib.error import URLError
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.models import segmentation
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 import data
 import model as vit
-from evaluate import is_ground_truth, need_files
 
 ARCHITECTURES = ("deeplabv3_resnet101", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "deeplabv3_mobilenet_v2",
                  "deeplabv3_vit")
@@ -35,6 +38,90 @@ RECIPES = {  # defaults by kind of backbone; toy has its own
     "vit": dict(size=320, batch=16, epochs=30, lr=6e-5),
     "toy": dict(size=64, batch=16, epochs=6, lr=2e-4),
 }
+
+
+def parse_args(argv=None):
+    parser = data.argument_parser(__doc__)
+    data.resuming_arguments(parser)
+    parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
+                        help="segment these photographs (files, folders) with the trained model, and do nothing else")
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"{', '.join(ARCHITECTURES)} (default the first; toy the last)")
+    add("--pretrained", metavar="auto|none|PATH", default="auto",
+        help="auto (default): ImageNet backbone of torchvision, or <out>/cls/last.pt for deeplabv3_vit")
+    add = parser.add_argument_group("training").add_argument
+    add("--split", help="default trainaug of VOC2012, else train")
+    add("--masks", type=Path, metavar="DIR", help="pseudo-masks (default <out>/pseudo)")
+    add("--size", type=int, metavar="PX", help="side of a training crop (default 321, ViT 320, toy 64)")
+    add("--batch", type=int, help="default 16")
+    add("--epochs", type=int, help="default 30; toy 6")
+    add("--lr", type=float, help="of the backbone; the head has ten times as much. SGD for CNNs, AdamW for the ViT")
+    add = parser.add_argument_group("prediction").add_argument
+    add("--predict-split", default="val", metavar="SPLIT", help="split to predict after training (default val)")
+    add("--scales", type=float, nargs="+", help="default 0.5 0.75 1 1.25 1.5, each with its mirror image; toy 1")
+    add("--max-side", type=int, default=1024, metavar="PX", help="shrink larger photographs (default 1024)")
+    args = parser.parse_args(argv)
+
+    args.split = args.split or data.training_split(args.data)
+    args.arch = args.arch or ("deeplabv3_vit" if args.data == "toy" else "deeplabv3_resnet101")
+    recipe = RECIPES["toy" if args.data == "toy" else "vit" if args.arch == "deeplabv3_vit" else "cnn"]
+    for key, value in recipe.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.scales = args.scales or ([1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5])
+    if args.epochs < 1 or args.batch < 2:
+        parser.error(f"--epochs {args.epochs} --batch {args.batch}: at least one epoch, and two images a batch "
+                     f"(DeepLab's batch normalisation of pooled features needs them)")
+    if min(args.scales) <= 0 or args.max_side < 16:
+        parser.error(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at least 16 px")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and masks
+# ---------------------------------------------------------------------------------------------------------------------
+class SegmentationSet(Dataset):
+    """(image (3, size, size) uint8, mask (size, size) int64) with joint scale, flip and crop; padding is 255."""
+
+    def __init__(self, dataset, masks, size):
+        self.dataset, self.masks, self.size = dataset, Path(masks), size
+        self.transform = v2.Compose([
+            v2.RandomHorizontalFlip(),
+            v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 124, tv_tensors.Mask: data.IGNORE}),
+        ])
+
+    def __len__(self):
+        return len(self.dataset.ids)
+
+    def __getitem__(self, key):
+        index, seed = key
+        name = self.dataset.ids[index]
+        image = self.dataset.image(name)
+        mask = data.read_mask(self.masks / f"{name}.png", len(self.dataset.classes), image.size[::-1])
+        with data.seeded(seed):
+            scale = self.size / max(image.size) * (0.5 + 1.5 * torch.rand(()).item())  # the longer side 0.5 to 2 times size
+            size = [max(1, round(side * scale)) for side in mask.shape]
+            image = TF.resize(tv_tensors.Image(image), size, antialias=True)
+            mask = TF.resize(tv_tensors.Mask(torch.from_numpy(mask)), size)
+            image, mask = self.transform(image, mask)
+        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long()
+
+
+def is_ground_truth(dataset, folder):
+    """Whether a folder of masks is ground truth: one of the data set's mask folders, or a copy of its masks."""
+    folder = Path(folder).resolve()
+    if any(folder == f.resolve() for f in dataset.ground_truth_folders()):
+        return True
+    compared = 0
+    for name in dataset.ids[:20]:
+        try:
+            target = dataset.mask(name)
+        except (FileNotFoundError, ValueError):  # none, or none that pseudo-masks could be a copy of
+            continue
+        if not np.array_equal(data.read_mask(folder / f"{name}.png", len(dataset.classes)), target):
+            return False
+        compared += 1
+    return compared > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,19 +179,19 @@ def load_backbone(net, arch, source):
     """ImageNet classification weights into a CNN backbone: source "auto" (torchvision's download) or a path."""
     if source == "auto":
         try:
-            state = BACKBONE_WEIGHTS[arch].get_state_dict(progress=True, check_hash=True)
-        except (URLError, OSError) as error:
+            found = BACKBONE_WEIGHTS[arch].get_state_dict(progress=True, check_hash=True)
+        except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
             raise FileNotFoundError(f"could not download {BACKBONE_WEIGHTS[arch].url} ({error}); fetch it elsewhere and "
                                     f"give its path with --pretrained PATH, or use --pretrained none") from error
     else:
-        state = vit.read_weights(source, arch)
+        found = vit.read_weights(source, arch)
     own = net.backbone.state_dict()
     if arch.startswith("deeplabv3_mobilenet_v3"):  # the trunk's layers are named 0, 1, ... here and features.0 ... there
-        state = {k.removeprefix("features."): v for k, v in state.items()}
-    if not any(k in state for k in own) and "0.0.weight" in state:
-        state = {f"features.{k}": v for k, v in state.items()}
-    chosen = {k: state[k] for k in own if k in state}
-    absent = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+        found = {k.removeprefix("features."): v for k, v in found.items()}
+    if not any(k in found for k in own) and "0.0.weight" in found:
+        found = {f"features.{k}": v for k, v in found.items()}
+    chosen = {k: found[k] for k in own if k in found}
+    absent = [k for k in own if k not in found and not k.endswith("num_batches_tracked")]
     wrong = [k for k, v in chosen.items() if v.shape != own[k].shape]
     if absent or wrong:
         raise ValueError(f"{source} does not hold an ImageNet backbone for {arch} (first problem at "
@@ -115,9 +202,43 @@ def load_backbone(net, arch, source):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training and prediction
 # ---------------------------------------------------------------------------------------------------------------------
+def train_one_epoch(net, optimizer, loader, args, epoch, device):
+    """All steps of an epoch -> its log record. Raises FloatingPointError soon after a loss that is not finite."""
+    loader.sampler.set_epoch(epoch)
+    torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # dropout; a resumed epoch repeats it
+    net.train()
+    total, begin, steps = torch.zeros((), device=device), time.time(), len(loader)
+
+    for step, (pixels, mask) in enumerate(loader, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * (1 - (epoch + (step - 1) / steps) / args.epochs) ** 0.9
+        pixels, mask = pixels.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+
+        # cross-entropy over the labelled pixels of all processes; without any it is 0, not nan
+        with data.autocast(device, args.precision):
+            logits = net(data.normalise(pixels))["out"]
+        labelled = data.sum_over_all((mask != data.IGNORE).sum()).clamp_min(1)
+        loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="none").sum() * data.world() / labelled
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+
+        if step % 20 == 0 or step == steps:  # not each step, since looking at a loss makes a GPU wait
+            if not total.isfinite():
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {max(1, step - 19)} to {step}")
+            rate = step * args.batch / (time.time() - begin)
+            data.progress(f"step {step}/{steps}  loss {total / step:.4f}  {rate:.1f} images/s")
+
+    seconds = time.time() - begin
+    loss = data.sum_over_all(total).item() / steps / data.world()
+    return {"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "precision": args.precision,
+            "images/s": steps * args.batch / seconds, "seconds": seconds}
+
+
 @torch.no_grad()
 def predict(net, pixels, scales, multiple=1, precision="float32"):
-    """Class probabilities averaged over scales and mirror images: pixels (3, H, W) uint8 -> label (H, W) uint8."""
+    """The likeliest class over scales and mirror images: pixels (3, H, W) uint8 -> mask (H, W) uint8 in 0..C."""
     H, W = pixels.shape[-2:]
     images, total = data.normalise(pixels[None]), 0
     for scale in scales:
@@ -129,130 +250,133 @@ def predict(net, pixels, scales, multiple=1, precision="float32"):
     return total.max(0).indices.to(torch.uint8)  # many times faster than argmax on a CPU
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    data.common_arguments(parser)
-    add("--split", help="images to train on (default: trainaug of VOC2012, else train)")
-    add("--masks", type=Path, help="folder of pseudo-masks (default <out>/pseudo)")
-    add("--arch", choices=ARCHITECTURES, help="default deeplabv3_resnet101; deeplabv3_vit for toy")
-    add("--pretrained", help="auto: ImageNet backbone of torchvision, or <out>/cls/last.pt for deeplabv3_vit; a path; none")
-    add("--size", type=int, help="pixels a side of a training crop")
-    add("--batch", type=int)
-    add("--epochs", type=int, help="default 30; 6 for toy")
-    add("--lr", type=float, help="of the backbone; the head has ten times as much. SGD for CNNs, AdamW for the ViT")
-    add("--predict-split", default="val", help="split to predict after training")
-    add("--scales", type=float, nargs="+", help="of the prediction (default 0.5 0.75 1 1.25 1.5; 1 for toy)")
-    args = parser.parse_args(argv)
-    args.split = args.split or data.training_split(args.data)
-    args.arch = args.arch or ("deeplabv3_vit" if args.data == "toy" else "deeplabv3_resnet101")
-    args.pretrained = args.pretrained or "auto"
-    recipe = RECIPES["toy" if args.data == "toy" else "vit" if args.arch == "deeplabv3_vit" else "cnn"]
-    for key, value in recipe.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    args.scales = args.scales or ([1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5])
-    if args.epochs < 1 or args.batch < 2:
-        parser.error(f"--epochs {args.epochs} --batch {args.batch}: at least one epoch, and two images a batch "
-                     f"(DeepLab's batch normalisation of pooled features needs them)")
-    return args
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+# ---------------------------------------------------------------------------------------------------------------------
+def make_optimizer(net, args):
+    """The head learns ten times as fast as the backbone."""
+    backbone = [p for p in net.backbone.parameters() if p.requires_grad]
+    head = list(net.classifier.parameters())
+    groups = [{"params": backbone, "lr": args.lr, "base": args.lr}, {"params": head, "lr": 10 * args.lr, "base": 10 * args.lr}]
+    if args.arch == "deeplabv3_vit":
+        return torch.optim.AdamW(groups, weight_decay=0.01)
+    return torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
+
+
+def restore(net, optimizer, args, dataset, folder, classifier):
+    """Where training begins: resumed, from pretrained weights or from scratch. Returns the first epoch."""
+    last = folder / "last.pt"
+    if args.resume and last.is_file():
+        checkpoint = data.read_checkpoint(last, "seg", dataset)
+        if checkpoint["config"]["arch"] != args.arch:
+            raise ValueError(f"--resume in {folder}, which holds a {checkpoint['config']['arch']}, with --arch {args.arch}")
+        net.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint["epoch"]
+    if args.pretrained != "none" and classifier:
+        net.backbone.model.load_state_dict(classifier["model"])
+    elif args.pretrained != "none":
+        load_backbone(net, args.arch, args.pretrained)
+    return 0
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
-    dataset = data.open_split(args, args.split, args.out / "masks")
-    target = data.open_split(args, args.predict_split)
-    masks = args.masks or args.out / "pseudo"
-    need_files(masks, dataset.ids, ".png", f"python refine.py {data.same_data(args)} --split {args.split} --out {args.out}")
+    if args.photos:
+        return segment_photos(args, device)
+    folder, masks = args.out / "seg", args.masks or args.out / "pseudo"
+
+    # data
+    dataset = data.open_split(args, args.split)
+    target = data.open_split(args, args.predict_split, like=dataset)
+    data.need_files(masks, dataset.ids, ".png",
+                    f"python refine.py {data.same_data(args)} --split {args.split} --out {data.quoted(args.out)}")
     if is_ground_truth(dataset, masks):
         raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly supervised; give the "
                          f"pseudo-masks of refine.py")
-    folder, state, classifier = args.out / "seg", None, None
+    samples = SegmentationSet(dataset, masks, args.size)
+    loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
+
+    # model, optimiser, where to begin
+    classifier = None
     if args.arch == "deeplabv3_vit":
-        first_stage = args.out / "cls" / "last.pt" if args.pretrained in ("auto", "none") else args.pretrained
-        classifier = data.read_checkpoint(first_stage, "cls", dataset.name, dataset.classes, dataset.options)
+        path = args.out / "cls" / "last.pt" if args.pretrained in ("auto", "none") else args.pretrained
+        classifier = data.read_checkpoint(path, "cls", dataset, data.same_data(args))
     net = build(args.arch, len(dataset.classes), classifier and classifier["config"])
     multiple = net.backbone.model.patch if classifier else 1
     if args.size % multiple:
         raise ValueError(f"--size {args.size} is not a multiple of the patch size {multiple}")
-    if args.resume and (folder / "last.pt").is_file():
-        state = data.read_checkpoint(folder / "last.pt", "seg", dataset.name, dataset.classes)
-        if state["config"]["arch"] != args.arch:
-            raise ValueError(f"--resume in {folder}, which holds a {state['config']['arch']}, with --arch {args.arch}")
-        net.load_state_dict(state["model"])
-    elif args.pretrained != "none" and classifier:
-        net.backbone.model.load_state_dict(classifier["model"])
-    elif args.pretrained != "none":
-        load_backbone(net, args.arch, args.pretrained)
     net.to(device)
-    samples = data.SegmentationSet(dataset, masks, args.size)
-    loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
-    groups = [{"params": [p for p in net.backbone.parameters() if p.requires_grad], "lr": args.lr, "base": args.lr},
-              {"params": list(net.classifier.parameters()), "lr": 10 * args.lr, "base": 10 * args.lr}]
-    optimizer = (torch.optim.AdamW(groups, weight_decay=0.01) if classifier
-                 else torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4))
-    first = 0
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["epoch"]
+    if device.type == "cuda" and not classifier:  # what convolutions are fastest with
+        net.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = not args.deterministic
+    optimizer = make_optimizer(net, args)
+    first = restore(net, optimizer, args, dataset, folder, classifier)
+    made_from = {"pseudo_masks": masks / "args.json"} if (masks / "args.json").is_file() else {}
     predictions = args.out / "pred" / args.predict_split
-    outdated = not state and predictions.parent.is_dir()  # of an earlier model
+    outdated = first == 0 and predictions.parent.is_dir()  # made by an earlier model
     if outdated and not args.overwrite:
         raise ValueError(f"{predictions.parent} holds predictions, but {folder} no model that made them: replace them with "
                          f"--overwrite, or choose another --out")
-    if (masks / "args.json").is_file():  # --resume must not mix two sets of pseudo-masks
-        args.made_from = {"pseudo-masks": data.fingerprint(masks / "args.json")}
-    data.prepare_folder(folder, args, keep=("resume", "overwrite", "device", "workers", "out", "data_root", "predict_split"))
-    if not data.rank():
-        if outdated:
-            shutil.rmtree(predictions.parent)
-        for half_written in predictions.glob(".*.tmp"):
-            half_written.unlink()
+    data.prepare_folder(folder, args, dataset, **made_from)
+    if outdated and not data.rank():
+        shutil.rmtree(predictions.parent)
+    for half_written in predictions.glob(".*.tmp"):  # by a process that was killed
+        half_written.unlink(missing_ok=True)
     data.wait_for_all()
-    config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes)}
-    per_epoch, begin, trained = len(loader), time.time(), data.distributed(net, device)
+    config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes),
+              "classifier": classifier and classifier["config"], "scales": args.scales}
+
+    # train
+    wrapped, begin, saved = data.distributed(net, device), time.time(), time.time()
     for epoch in range(first, args.epochs):
-        loader.sampler.set_epoch(epoch)
-        torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # dropout; a resumed epoch repeats it
-        net.train()
-        total, epoch_begin = torch.zeros((), device=device), time.time()
-        for step, (pixels, mask) in enumerate(loader):
-            pixels, mask = pixels.to(device, non_blocking=True), mask.to(device, non_blocking=True)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base"] * (1 - (epoch + step / per_epoch) / args.epochs) ** 0.9
-            with data.autocast(device, args.precision):
-                logits = trained(data.normalise(pixels))["out"]
-            labelled = data.sum_over_all((mask != data.IGNORE).sum()).clamp_min(1)  # without a labelled pixel 0, not nan
-            loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="none").sum() * data.world() / labelled
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss {loss.item()} in epoch {epoch + 1}, step {step}: stopped; the last good "
-                                         f"state is in {folder}; lower --lr")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-            if step % 20 == 19:
-                rate = (step + 1) * args.batch / (time.time() - epoch_begin)
-                data.progress(f"step {step + 1}/{per_epoch}  loss {loss.item():.4f}  {rate:.1f} images/s")
-        seconds = time.time() - epoch_begin
-        left = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1)
-        total = data.sum_over_all(total) / data.world()
-        data.log_line(folder, {"epoch": epoch + 1, "loss": total.item() / per_epoch, "lr": optimizer.param_groups[0]["lr"],
-                               "images/s": per_epoch * args.batch / seconds, "minutes_left": left / 60, "seconds": seconds})
-        data.write_checkpoint(folder / "last.pt", {"stage": "seg", "config": config, "epoch": epoch + 1,
-                                                   "model": net.state_dict(), "optimizer": optimizer.state_dict()})
+        try:
+            record = train_one_epoch(wrapped, optimizer, loader, args, epoch, device)
+        except FloatingPointError as error:
+            kept = f"the last good state is {folder / 'last.pt'}" if (folder / "last.pt").is_file() else "nothing is written yet"
+            raise FloatingPointError(f"{error}; {kept}. Lower --lr") from error
+        if epoch + 1 == args.epochs or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
+            data.write_checkpoint(folder / "last.pt", {"stage": "seg", "config": config, "epoch": epoch + 1,
+                                                       "model": net.state_dict(), "optimizer": optimizer.state_dict()})
+            saved = time.time()
+        record["minutes_left"] = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1) / 60
+        data.log_line(folder, record)
+
+    # predict what is not there yet; of several processes each takes its share
     net.eval()
     begin = time.time()
-    mine = [n for n in target.ids[data.rank()::data.world()] if not (predictions / f"{n}.png").is_file()]
-    for made, (name, pixels) in enumerate(data.photographs(target, mine, args.workers, device), 1):
-        label = predict(net, pixels.to(device), args.scales, multiple, args.precision)
-        data.write_mask(predictions / f"{name}.png", label.cpu().numpy())
-        if made % 20 == 0:
-            data.progress(f"{made}/{len(mine)} predicted, {made / (time.time() - begin):.1f} images/s")
+    todo = [n for n in target.ids[data.rank()::data.world()] if not (predictions / f"{n}.png").is_file()]
+    for count, (name, pixels) in enumerate(data.photographs(target, todo, args.workers, device), 1):
+        mask = predict(net, data.shrink(pixels, args.max_side).to(device), args.scales, multiple, args.precision)
+        data.write_mask(predictions / f"{name}.png", data.enlarge(mask.cpu(), pixels.shape[-2:]).numpy())
+        if count % 20 == 0:
+            data.progress(f"{count}/{len(todo)} predicted, {count / (time.time() - begin):.1f} images/s")
     data.wait_for_all()
     data.log_line(folder, {"predicted": len(target.ids), "seconds": time.time() - begin})
 
 
+def segment_photos(args, device):
+    """Masks of any photographs; needs the trained model alone."""
+    checkpoint = data.read_checkpoint(args.out / "seg" / "last.pt", "seg", None, data.same_data(args))
+    config, classes = checkpoint["config"], checkpoint["config"]["classes"]
+    net = build(config["arch"], len(classes), config["classifier"])
+    net.load_state_dict(checkpoint["model"])
+    net.to(device).eval()
+    multiple = net.backbone.model.patch if config["classifier"] else 1
+
+    for path in data.photo_files(args.photos):
+        pixels = TF.pil_to_tensor(data.read_image(path))
+        shrunk = data.shrink(pixels, args.max_side).to(device)
+        mask = data.enlarge(predict(net, shrunk, config["scales"], multiple, args.precision).cpu(), pixels.shape[-2:]).numpy()
+        names = {value: ("background", *classes)[value] for value in np.unique(mask).tolist() if value}
+        target = args.out / "photos" / f"{path.stem}.png"
+        data.write_mask(target, mask)
+        legend = {name: data.voc_colours()[value] for value, name in names.items()}
+        data.write_overlay(target.with_suffix(".overlay.jpg"), pixels, data.voc_colours()[mask], legend)
+        print(f"{path.name}: {', '.join(names.values()) or 'background alone'}  ->  {target}, "
+              f"{target.with_suffix('.overlay.jpg').name}", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    data.run(main)
