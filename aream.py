@@ -1,8 +1,9 @@
-"""AReAM's mathematics: which layers over-smooth, how shallow affinities guide deep ones, the affinity loss.
+"""AReAM's mathematics: which layers over-smooth, how shallow ones guide deep ones, the loss.
 
-Pure functions from tensors to tensors, in the order in which a training step calls them (train_cls.py).
-Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens. An affinity may be given as (B, N, N) or
-as its patch-to-patch block (B, P, P): A[m, n] is how much patch m draws from patch n.
+Pure functions from tensors to tensors, in the order in which a training step calls them.
+Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens. An affinity may be
+given as (B, N, N) or as its patch-to-patch block (B, P, P): A[m, n] is how much patch m draws from
+patch n.
 """
 import math
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 REACTIVATION = ("entropy", "uniform", "none")
 IGNORE = 255
-TIE = 0.01  # bits between the layers of lowest and highest entropy, below which there is nothing to tell apart
+TIE = 0.01  # bits: layers whose entropies differ by less are not told apart
 
 
 def patch_block(affinity, patches):
@@ -20,29 +21,34 @@ def patch_block(affinity, patches):
 
 
 def propagate(affinity, cam):
-    """refined[m] = sum_n A[m, n] cam[n]: affinity (B, P, P), cam (B, C, gh, gw) -> (B, C, gh, gw)."""
+    """refined[m] = sum_n A[m, n] cam[n]: affinity (B, P, P), cam (B, C, gh, gw) -> (B, C, gh, gw).
+    """
     return (cam.flatten(2) @ affinity.transpose(-2, -1)).unflatten(2, cam.shape[-2:])
 
 
 def layer_entropy(cam, affinity, labels):
-    """How widely each layer's affinity spreads the CAM ("entropy-aware": high means over-smoothed).
+    """How widely each layer's affinity spreads the CAM ("entropy-aware": high means
+    over-smoothed).
 
     cam (B, C, gh, gw) >= 0; affinity: L maps (B, N, N) or (B, P, P); labels (B, C) in {0, 1}.
-    Returns (B, L) bits, in [0, log2 P]: H^l = -sum p log2 p with p^l = softmax over patches of the sum over present
-    classes of S^l cam. A CAM of zeros gives log2 P in every layer.
+    Returns (B, L) bits, in [0, log2 P]: H^l = -sum p log2 p with p^l = softmax over patches of the
+    sum over present classes of S^l cam. A CAM of zeros gives log2 P in every layer.
     """
     P = cam.shape[-2] * cam.shape[-1]
-    present = torch.einsum("bc,bcp->bp", labels.to(cam), cam.flatten(2))  # S^l is linear: sum over classes first
+    # S^l is linear: the sum over classes may come first
+    present = torch.einsum("bc,bcp->bp", labels.to(cam), cam.flatten(2))
     spread = [(patch_block(a, P) @ present[..., None])[..., 0] for a in affinity]  # L x (B, P)
-    log_prob = torch.stack(spread, 1).float().log_softmax(-1)  # (B, L, P), finite, so p log p is too
+    log_prob = torch.stack(spread, 1).float().log_softmax(-1)  # (B, L, P), finite: so is p log p
     return -(log_prob.exp() * log_prob).sum(-1) / math.log(2)
 
 
 def reactivation_weights(entropy, kind="entropy"):
-    """Re-activation weights w (for the guide) and counterpart weights w_hat (for the loss), each (..., L) in [0, 1].
+    """Re-activation weights w (for the guide) and counterpart weights w_hat (for the loss), each
+    (..., L) in [0, 1].
 
-    entropy (..., L) bits. kind "entropy": w_hat = e, w = 1 - e with e the entropy min-max normalised over layers (zeros
-    if they tie, within 0.01 bits: rounding would decide otherwise); "uniform": both 1; "none": w 1, w_hat 0 (a plain average, no loss). ValueError otherwise.
+    entropy (..., L) bits. kind "entropy": w_hat = e, w = 1 - e with e the entropy min-max
+    normalised over layers (zeros if they tie, within 0.01 bits: rounding would decide otherwise);
+    "uniform": both 1; "none": w 1, w_hat 0 (a plain average, no loss). ValueError otherwise.
     """
     ones = torch.ones_like(entropy)
     if kind == "uniform":
@@ -59,14 +65,16 @@ def reactivation_weights(entropy, kind="entropy"):
 def coupled_layers(layers, coupling="all", deep_from=7):
     """Which layers guide and which are supervised -> two ranges.
 
-    "all": every layer does both. "split": layers below deep_from (0-based) guide, the others are supervised.
+    "all": every layer does both. "split": layers below deep_from (0-based) guide, the others are
+    supervised.
     """
     if coupling == "all":
         return range(layers), range(layers)
     if coupling != "split":
         raise ValueError(f"coupling {coupling!r}: use all or split")
     if not 0 < deep_from < layers:
-        raise ValueError(f"--deep-from {deep_from} with {layers} layers: it must leave layers on both sides")
+        raise ValueError(f"--deep-from {deep_from} with {layers} layers: it must leave layers on "
+                         f"both sides")
     return range(deep_from), range(deep_from, layers)
 
 
@@ -83,17 +91,21 @@ def class_attended_cam(cam, affinity):
 def guided_cam(cam, affinity, w, guide):
     """The CAM refined by the re-activation-weighted mean affinity of the guide layers.
 
-    cam (B, C, gh, gw); affinity: L maps (B, N, N); w (B, L) or (L,); guide: layer indices.
-    Returns (B, C, gh, gw) >= 0, not normalised: (mean over guide of w^l S^l) applied to class_attended_cam.
+    cam (B, C, gh, gw); affinity: L maps (B, N, N); w (B, L) or (L,); guide: layer indices. Returns
+    (B, C, gh, gw) >= 0, not normalised: (mean over guide of w^l S^l) applied to
+    class_attended_cam.
     """
     P = cam.shape[-2] * cam.shape[-1]
     w = w.expand(len(cam), -1)
-    mean = sum(w[:, l, None, None] * patch_block(affinity[l], P) for l in guide) / len(guide)  # (B, P, P)
+    weighted = [w[:, l, None, None] * patch_block(affinity[l], P) for l in guide]
+    mean = sum(weighted) / len(guide)  # (B, P, P)
     return propagate(mean, class_attended_cam(cam, affinity))
 
 
 def normalise_cam(cam, labels):
-    """relu, min-max over the pixels of each class, times the image labels: (B, C, h, w), (B, C) -> [0, 1]."""
+    """relu, min-max over the pixels of each class, times the image labels: (B, C, h, w), (B, C) ->
+    [0, 1].
+    """
     cam = cam.relu()
     low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
     return (cam - low) / (high - low).clamp_min(1e-12) * labels[..., None, None]
@@ -102,8 +114,9 @@ def normalise_cam(cam, labels):
 def affinity_label(mask, grid):
     """Which patch pairs belong together.
 
-    mask (B, H, W) in {0, 1..C, 255}; grid (gh, gw): each patch takes the label of its centre pixel.
-    Returns (B, P, P) int64, symmetric: 1 same class (background counts as one), 0 different, 255 if either is 255.
+    mask (B, H, W) in {0, 1..C, 255}; grid (gh, gw): each patch takes the label of its centre
+    pixel. Returns (B, P, P) int64, symmetric: 1 same class (background counts as one), 0
+    different, 255 if either is 255.
     """
     rows, columns = (((torch.arange(n, device=mask.device) + 0.5) * size / n).long()
                      for n, size in zip(grid, mask.shape[-2:]))
@@ -114,16 +127,19 @@ def affinity_label(mask, grid):
 
 
 def count_pairs(label):
-    """label (B, P, P) in {0, 1, 255} -> (2,) the number of different pairs and of pairs of the same class."""
+    """label (B, P, P) in {0, 1, 255} -> (2,) the number of different pairs and of pairs of the
+    same class.
+    """
     return torch.stack([(label == 0).sum(), (label == 1).sum()])
 
 
 def pair_weights(label, pairs=None):
     """label (B, P, P) in {0, 1, 255} -> offset (B,) and weight (B, P, P) of affinity_loss.
 
-    With n1, n0 the pairs of the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1)
-    is, image by image, offset + sum(weight * prob): one product a layer, whatever the labels are. pairs (2,) = (n0, n1)
-    replaces the counts of label, when that is only a part of the batch.
+    With n1, n0 the pairs of the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 *
+    sum_{label=0} prob / (n0 + 1) is, image by image, offset + sum(weight * prob): one product a
+    layer, whatever the labels are. pairs (2,) = (n0, n1) replaces the counts of label, when that
+    is only a part of the batch.
     """
     n0, n1 = count_pairs(label) if pairs is None else pairs
     same, different = 0.5 * (label == 1).float() / (n1 + 1), 0.5 * (label == 0).float() / (n0 + 1)
@@ -133,8 +149,8 @@ def pair_weights(label, pairs=None):
 def affinity_loss(prob, label):
     """Same-class pairs towards 1, different pairs towards 0, each side with half the weight.
 
-    prob (B, P, P) in [0, 1]; label (B, P, P) in {0, 1, 255}. Returns (): with n1, n0 the pairs of the batch,
-    0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1).
+    prob (B, P, P) in [0, 1]; label (B, P, P) in {0, 1, 255}. Returns (): with n1, n0 the pairs of
+    the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1).
     """
     offset, weight = pair_weights(label)
     return offset.sum() + (weight * prob).sum()
@@ -143,8 +159,9 @@ def affinity_loss(prob, label):
 def aream_loss(affinity_logits, label, w_hat, supervised, pairs=None):
     """Mean over the supervised layers of w_hat^l times the affinity loss of that layer.
 
-    affinity_logits: L maps (B, N, N); label (B, P, P); w_hat (B, L) or (L,), no gradient; supervised: layer indices.
-    Per image, w_hat multiplies that image's pairs inside the batch's sums. pairs: see pair_weights.
+    affinity_logits: L maps (B, N, N); label (B, P, P); w_hat (B, L) or (L,), no gradient;
+    supervised: layer indices. Per image, w_hat multiplies that image's pairs inside the batch's
+    sums. pairs: see pair_weights.
     """
     offset, weight = pair_weights(label, pairs)
     w_hat = w_hat.detach().expand(len(label), -1)
@@ -158,28 +175,34 @@ def aream_loss(affinity_logits, label, w_hat, supervised, pairs=None):
 def classification_loss(class_logits, patch_logits, labels):
     """Multi-label soft margin on both logits (B, C) -> ()."""
     labels = labels.to(class_logits)
-    return F.multilabel_soft_margin_loss(class_logits, labels) + F.multilabel_soft_margin_loss(patch_logits, labels)
+    class_loss = F.multilabel_soft_margin_loss(class_logits, labels)
+    return class_loss + F.multilabel_soft_margin_loss(patch_logits, labels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Diagnostics, for evaluate.py
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def row_distance(affinity):
-    """How different the patches' neighbourhoods still are: 0 if all rows are equal (over-smoothed), 1 if disjoint.
+    """How different the patches' neighbourhoods still are: 0 if all rows are equal
+    (over-smoothed), 1 if disjoint.
 
-    affinity (B, P, P) >= 0. Returns (B,): the mean Hellinger distance sqrt(1 - sum_n sqrt(p_mn p_kn)) between the rows
-    m != k of the row-normalised affinity p. One patch alone has distance 0.
+    affinity (B, P, P) >= 0. Returns (B,): the mean Hellinger distance sqrt(1 - sum_n sqrt(p_mn
+    p_kn)) between the rows m != k of the row-normalised affinity p. One patch alone has distance
+    0.
     """
     P = affinity.shape[-1]
     root = (affinity.float() / affinity.float().sum(-1, keepdim=True).clamp_min(1e-12)).sqrt()
-    distance = (1 - root @ root.transpose(-2, -1)).clamp_min(0).sqrt() * (1 - torch.eye(P, device=affinity.device))
-    return distance.sum((-2, -1)) / max(1, P * (P - 1))
+    distance = (1 - root @ root.transpose(-2, -1)).clamp_min(0).sqrt()
+    others = 1 - torch.eye(P, device=affinity.device)
+    return (distance * others).sum((-2, -1)) / max(1, P * (P - 1))
 
 
 def top_share(affinity, share=0.05):
-    """What share of all attention the most attended patches draw: affinity (B, P, P) >= 0 -> (B,) in [0, 1].
+    """What share of all attention the most attended patches draw: affinity (B, P, P) >= 0 -> (B,)
+    in [0, 1].
 
-    The most attended are the ceil(share * P) columns with the largest sums; attention spread evenly gives about share.
+    The most attended are the ceil(share * P) columns with the largest sums; attention spread
+    evenly gives about share.
     """
     received = affinity.float().sum(-2)  # (B, P)
     top = received.topk(math.ceil(share * received.shape[-1]), -1).values.sum(-1)

@@ -1,7 +1,8 @@
-"""Data sets and their labels, the files that a run consists of, and what the stages share: processes, flags, errors.
+"""Data sets, the files that a run consists of, and what the stages share: processes, flags, errors.
 
-Image labels come from annotation lists (XML, CSV, JSON), never from masks; masks are ground truth, for evaluate.py alone.
-Whatever is wrong with a file or a flag ends in one line that names it, the reason and the remedy.
+Image labels come from annotation lists (XML, CSV, JSON), never from masks; masks are ground truth,
+for evaluate.py alone. Whatever is wrong with a file or a flag ends in one line that names it, the
+reason and the remedy.
 """
 import argparse
 import atexit
@@ -38,24 +39,29 @@ IGNORE = 255  # mask value of pixels that are not counted
 MOST_CLASSES = 254  # values 1..254 of an 8-bit mask
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor")
 TOY_CLASSES = ("bars", "columns", "diagonals", "checks", "dots", "rings")
 TOY_SIZES = {"train": 600, "val": 150}
-RESERVED = {"background", "ignore", "void", "unlabeled", "unlabelled"}  # no classes, though labelling tools list them
+RESERVED = {"background", "ignore", "void", "unlabeled", "unlabelled"}  # listed by some tools
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Reading one file
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def mask_value(class_index):
-    """Class index 0..C-1 -> mask value 1..C (0 is background). The only place where the two differ."""
+    """Class index 0..C-1 -> mask value 1..C (0 is background). The only place where the two
+    differ.
+    """
     return class_index + 1
 
 
 @contextmanager
 def reading(path, remedy):
-    """Whatever goes wrong while path is read becomes one error with the file, the reason and the remedy."""
+    """Whatever goes wrong while path is read becomes one error with the file, the reason and the
+    remedy.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -78,23 +84,29 @@ def read_json(path, remedy):
 
 
 def read_image(path):
-    """A photograph as people see it: RGB, 8 bits, turned upright as its EXIF orientation says; a decoded PIL image."""
+    """A photograph as people see it: RGB, 8 bits, turned upright as its EXIF orientation says; a
+    decoded PIL image.
+    """
     with reading(path, "replace the file, or take it off the list"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise ValueError(f"its mode {image.mode!r} has no fixed range, 8 or 16 bits a channel are needed")
+            raise ValueError(f"its mode {image.mode!r} has no fixed range, 8 or 16 bits a channel "
+                             f"are needed")
         return image.convert("RGB")
 
 
 @lru_cache(maxsize=1)
 def voc_colours():
-    """PASCAL VOC's colour map (256, 3) uint8: the bits of a value are spread over the high bits of R, G and B."""
+    """PASCAL VOC's colour map (256, 3) uint8: the bits of a value are spread over the high bits of
+    R, G and B.
+    """
     def spread(value, channel):
         return sum((value >> (3 * j + channel) & 1) << (7 - j) for j in range(3))
 
-    return np.array([[spread(value, channel) for channel in range(3)] for value in range(256)], np.uint8)
+    colours = [[spread(value, channel) for channel in range(3)] for value in range(256)]
+    return np.array(colours, np.uint8)
 
 
 def read_mask(path, num_classes=MOST_CLASSES, size=None):
@@ -102,28 +114,33 @@ def read_mask(path, num_classes=MOST_CLASSES, size=None):
 
     Raises FileNotFoundError, or ValueError on an unreadable file, another value or another size.
     """
-    with reading(path, "a mask is an 8-bit PNG: 0 background, k for class k, 255 ignored"), Image.open(path) as image:
+    remedy = "a mask is an 8-bit PNG: 0 background, k for class k, 255 ignored"
+    with reading(path, remedy), Image.open(path) as image:
         mask = mask_values(image, num_classes)
         if (wrong := mask[(mask > num_classes) & (mask != IGNORE)]).size:
-            raise ValueError(f"it holds the value {wrong[0]}, allowed are 0..{num_classes} and {IGNORE}")
+            raise ValueError(f"it holds the value {wrong[0]}, allowed are 0..{num_classes} and "
+                             f"{IGNORE}")
     if size is not None and mask.shape != tuple(size):
-        raise ValueError(f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}")
+        raise ValueError(f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image "
+                         f"{size[0]} x {size[1]}")
     return mask
 
 
 def mask_values(image, num_classes):
     """The values (H, W) uint8 that a mask, as Pillow opened it, stands for.
 
-    Optimisers re-index palettes ([0, 3, 255] becomes [0, 1, 2] with the same colours), so colours that are all VOC's, or
-    all the grey levels of values, are taken for what they mean. Other palettes, which data sets choose for display, are
-    taken by index. Raises ValueError where only some of the colours are VOC's, for another value than their index.
+    Optimisers re-index palettes ([0, 3, 255] becomes [0, 1, 2] with the same colours), so colours
+    that are all VOC's, or all the grey levels of values, are taken for what they mean. Other
+    palettes, which data sets choose for display, are taken by index. Raises ValueError where only
+    some of the colours are VOC's, for another value than their index.
     """
     if image.mode in ("L", "1"):
         return np.array(image).astype(np.uint8)
     if image.mode.startswith("I"):
         values = np.array(image)
         if values.max() > IGNORE:
-            raise ValueError(f"it holds the value {values.max()}, allowed are 0..{num_classes} and {IGNORE}")
+            raise ValueError(f"it holds the value {values.max()}, allowed are 0..{num_classes} "
+                             f"and {IGNORE}")
         return values.astype(np.uint8)
     if image.mode == "P":
         index, colours = np.array(image), np.reshape(image.getpalette("RGB"), (-1, 3))
@@ -150,18 +167,20 @@ def mask_values(image, num_classes):
         value = voc.get(colour_of[i])
         if image.mode != "P" or value not in (None, 0, i):
             means = f"is VOC's for {value}" if value is not None else "is none of VOC's"
-            raise ValueError(f"the colour {colour_of[i]} {means}, others are not: save it in VOC's palette or as grey values")
+            raise ValueError(f"the colour {colour_of[i]} {means}, others are not: save it in "
+                             f"VOC's palette or as grey values")
     return index.astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Data sets
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 class ImageSet:
     """What the stages see of one split of a data set.
 
-    name, split, classes (C names), ids; source: the file that names the classes or lists the images. Subclasses give
-    image_path(id), mask(id) -> (H, W) uint8 and read_labels(id) -> class indices.
+    name, split, classes (C names), ids; source: the file that names the classes or lists the
+    images. Subclasses give image_path(id), mask(id) -> (H, W) uint8 and read_labels(id) -> class
+    indices.
     """
 
     source = ""
@@ -192,14 +211,18 @@ class ImageSet:
 
 
 class VOC(ImageSet):
-    """A folder laid out like VOC 2012: JPEGImages, Annotations (or labels.csv), SegmentationClass, ImageSets."""
+    """A folder laid out like VOC 2012: JPEGImages, Annotations (or labels.csv), SegmentationClass,
+    ImageSets.
+    """
 
     def __init__(self, folder, split, name, classes, source):
-        self.root, self.split, self.name, self.classes, self.source = Path(folder), split, str(name), classes, source
+        self.root, self.split, self.name = Path(folder), split, str(name)
+        self.classes, self.source = classes, source
         images = self.root / "JPEGImages"
         if not images.is_dir():
-            remedy = "add --download, or extract VOCtrainval_11-May-2012.tar under --data-root" if name == "VOC2012" else \
-                "it is part of the VOC layout"
+            remedy = "it is part of the VOC layout"
+            if name == "VOC2012":
+                remedy = "add --download, or extract VOCtrainval_11-May-2012.tar under --data-root"
             raise FileNotFoundError(f"no folder {images}: {remedy} (see README)")
         known = Image.registered_extensions()
         self.files = {}  # name -> the image files of that name
@@ -212,52 +235,67 @@ class VOC(ImageSet):
         if name == "VOC2012" and not self.list.is_file() and shipped.is_file():
             self.list = shipped
         if not self.list.is_file():
-            raise FileNotFoundError(f"no split {split!r}: {self.list} does not exist; it lists image names, one a line")
-        self.ids = [self.plain_name(line.strip(), self.list) for line in read_text(self.list).splitlines() if line.strip()]
+            raise FileNotFoundError(f"no split {split!r}: {self.list} does not exist; it lists "
+                                    f"image names, one a line")
+        lines = [line.strip() for line in read_text(self.list).splitlines()]
+        self.ids = [self.plain_name(line, self.list) for line in lines if line]
         self.table = self.read_table() if (self.root / "labels.csv").is_file() else None
 
         if missing := [name for name in self.ids if name not in self.files]:
             if missing[0].split()[-1] in ("1", "-1", "0"):
-                raise ValueError(f"{self.list} has the line {missing[0]!r}: it seems to be a list of one class, as in VOC's "
+                raise ValueError(f"{self.list} has the line {missing[0]!r}: it seems to be a list "
+                                 f"of one class, as in VOC's "
                                  f"ImageSets/Main; put the image names alone")
-            raise FileNotFoundError(f"{self.list} names {len(missing)} images that are not in {images}, first {missing[0]!r}; "
-                                    f"complete the download, or put a shorter list in {self.root / 'ImageSets'}")
+            raise FileNotFoundError(f"{self.list} names {len(missing)} images that are not in "
+                                    f"{images}, first {missing[0]!r}; "
+                                    f"complete the download, or put a shorter list in "
+                                    f"{self.root / 'ImageSets'}")
         if twice := [files for files in map(self.files.get, self.ids) if len(files) > 1]:
-            raise ValueError(f"{images} holds {' and '.join(twice[0])}, two images of one name: rename or remove one")
+            raise ValueError(f"{images} holds {' and '.join(twice[0])}, two images of one name: "
+                             f"rename or remove one")
 
     def plain_name(self, name, path):
         """An image's name as a list gives it, with or without a file extension."""
         if name != Path(name).name or "\\" in name:
             raise ValueError(f"{path} names {name!r}, which is not the plain name of an image")
         stem, extension = os.path.splitext(name)
-        return stem if name not in self.files and extension.lower() in Image.registered_extensions() else name
+        is_file = name not in self.files and extension.lower() in Image.registered_extensions()
+        return stem if is_file else name
 
     def image_path(self, name):
         return self.root / "JPEGImages" / self.files[name][0]
 
     def read_table(self):
-        """labels.csv: image -> its class names, from lines of an image's name and one or more classes."""
+        """labels.csv: image -> its class names, from lines of an image's name and one or more
+        classes.
+        """
         path, table = self.root / "labels.csv", {}
-        for row in csv.reader(io.StringIO(read_text(path))):
-            cells = [cell.strip() for cell in row if cell.strip()]
-            if cells and not (not table and cells[0].lower() in ("name", "image", "file", "filename", "id")):
-                table.setdefault(self.plain_name(cells[0], path), []).extend(cells[1:])
+        rows = [[cell.strip() for cell in row if cell.strip()]
+                for row in csv.reader(io.StringIO(read_text(path)))]
+        if rows and rows[0] and rows[0][0].lower() in ("name", "image", "file", "filename", "id"):
+            rows.pop(0)  # a header
+        for cells in filter(None, rows):
+            table.setdefault(self.plain_name(cells[0], path), []).extend(cells[1:])
         return table
 
     def read_labels(self, name):
-        """Every object of the image's XML, difficult ones included, or its classes in labels.csv."""
+        """Every object of the image's XML, difficult ones included, or its classes in labels.csv.
+        """
         if self.table is not None:
             path = self.root / "labels.csv"
             names = self.table.get(name, [])
         else:
             path = self.root / "Annotations" / f"{name}.xml"
-            with reading(path, "image labels come from VOC's Annotations, or from labels.csv (see README)"):
+            with reading(path, "image labels come from VOC's Annotations, or from labels.csv (see "
+                               "README)"):
                 objects = ElementTree.parse(path).getroot().findall("{*}object")
                 names = [(o.findtext("{*}name") or "").strip() for o in objects]
         if unknown := [n for n in names if n not in self.classes]:
-            raise ValueError(f"{path} names the class {unknown[0]!r} in {name}, which {self.source} does not have")
+            raise ValueError(f"{path} names the class {unknown[0]!r} in {name}, which "
+                             f"{self.source} does not have")
         if not names:
-            raise ValueError(f"{path} names no object in {name}: an image without labels teaches nothing, drop it from {self.list}")
+            raise ValueError(f"{path} names no object in {name}: an image without labels teaches "
+                             f"nothing, drop it from {self.list}")
         return sorted({self.classes.index(n) for n in names})
 
     def mask(self, name):
@@ -272,52 +310,66 @@ class VOC(ImageSet):
 
 
 class COCO(ImageSet):
-    """MS COCO 2014 on its instance annotations. Splits train and val; images without objects are left out."""
+    """MS COCO 2014 on its instance annotations. Splits train and val; images without objects are
+    left out.
+    """
 
     name = "COCO2014"
 
     def __init__(self, root, split, cache=None):
         self.root, self.split, self.cache = Path(root) / "COCO2014", split, cache
-        self.folder, self.source = self.root / f"{split}2014", self.root / "annotations" / f"instances_{split}2014.json"
+        self.folder = self.root / f"{split}2014"
+        self.source = self.root / "annotations" / f"instances_{split}2014.json"
         if split not in ("train", "val"):
             raise FileNotFoundError(f"no split {split!r} in COCO 2014: use train or val")
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"no folder {self.folder}: add --download, or extract {split}2014.zip there (see README)")
-        remedy = "it must be an instances file of COCO: add --download, or extract annotations_trainval2014.zip"
+            raise FileNotFoundError(f"no folder {self.folder}: add --download, or extract "
+                                    f"{split}2014.zip there (see README)")
+        remedy = ("it must be an instances file of COCO: add --download, or extract "
+                  "annotations_trainval2014.zip")
         record = read_json(self.source, remedy)
         with reading(self.source, remedy):
             categories = sorted((c["id"], c["name"]) for c in record["categories"])
             self.classes = tuple(name for _, name in categories)
             index = {identity: i for i, (identity, _) in enumerate(categories)}
-            images = {i["id"]: i for i in record["images"]}
-            self.files = {i["id"]: (i["file_name"], (i["height"], i["width"])) for i in images.values()}
-            annotations = [(a.get("id"), a["image_id"], a["category_id"], a.get("segmentation")) for a in record["annotations"]]
+            self.files = {  # image id, later its name -> file, (H, W)
+                i["id"]: (i["file_name"], (i["height"], i["width"])) for i in record["images"]}
+            annotations = [(a.get("id"), a["image_id"], a["category_id"], a.get("segmentation"))
+                           for a in record["annotations"]]
         self.collect(annotations, index)
 
     def collect(self, annotations, index):
         """self.ids, and self.objects: image -> [(annotation id, class index, outline)]."""
         if lost := [identity for identity, image, _, _ in annotations if image not in self.files]:
-            raise ValueError(f"{self.source}: {len(lost)} annotations belong to no image, first {lost[0]}: correct their image_id")
-        if lost := [(identity, category) for identity, _, category, _ in annotations if category not in index]:
-            raise ValueError(f"{self.source}: annotation {lost[0][0]} has the unknown category {lost[0][1]}")
+            raise ValueError(f"{self.source}: {len(lost)} annotations belong to no image, first "
+                             f"{lost[0]}: correct their image_id")
+        if lost := [a for a in annotations if a[2] not in index]:
+            identity, _, category, _ = lost[0]
+            raise ValueError(f"{self.source}: annotation {identity} has the unknown category "
+                             f"{category}")
         objects = {}
         for identity, image, category, outline in annotations:
             objects.setdefault(image, []).append((identity, index[category], outline))
         names = {image: Path(self.files[image][0]).stem for image in objects}
         if twice := [n for n, count in Counter(names.values()).items() if count > 1]:
             both = [self.files[image][0] for image, n in names.items() if n == twice[0]]
-            raise ValueError(f"{self.source} has two images of one name, {' and '.join(both[:2])}: rename one")
+            raise ValueError(f"{self.source} has two images of one name, "
+                             f"{' and '.join(both[:2])}: rename one")
         self.objects = {names[image]: found for image, found in objects.items()}
-        without, self.files = len(self.files) - len(names), {names[image]: self.files[image] for image in objects}
+        without = len(self.files) - len(names)
+        self.files = {names[image]: self.files[image] for image in objects}
         self.ids = sorted(self.objects)
         if without and not rank():
-            print(f"{self.source.name}: {without} of {without + len(self.ids)} images have no object and are left out")
+            print(f"{self.source.name}: {without} of {without + len(self.ids)} images have no "
+                  f"object and are left out")
         for name in self.ids:
             path = Path(self.files[name][0])
             if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"{self.source} names the file {str(path)!r}, which is not below {self.folder}")
+                raise ValueError(f"{self.source} names the file {str(path)!r}, which is not below "
+                                 f"{self.folder}")
         if missing := [name for name in self.ids if not self.image_path(name).is_file()]:
-            raise FileNotFoundError(f"{self.source} names {len(missing)} images that are not in {self.folder}, first "
+            raise FileNotFoundError(f"{self.source} names {len(missing)} images that are not in "
+                                    f"{self.folder}, first "
                                     f"{self.files[missing[0]][0]!r}; complete the download")
 
     def image_path(self, name):
@@ -336,15 +388,19 @@ class COCO(ImageSet):
         return read_mask(path, len(self.classes))
 
     def cache_masks(self, workers):
-        """Rasterise what is not cached yet, in worker processes; masks of another annotation file are made again."""
+        """Rasterise what is not cached yet, in worker processes; masks of another annotation file
+        are made again.
+        """
         folder, content = Path(self.cache) / self.split, {"annotations": fingerprint(self.source)}
-        if folder.is_dir():
-            remedy = f"delete {folder}"
-            if not (folder / "made_from.json").is_file() or read_json(folder / "made_from.json", remedy) != content:
-                shutil.rmtree(folder)
-        write_json(folder / "made_from.json", content)
+        made_from = folder / "made_from.json"
+        if folder.is_dir() and not made_from.is_file():
+            shutil.rmtree(folder)
+        elif folder.is_dir() and read_json(made_from, f"delete {folder}") != content:
+            shutil.rmtree(folder)
+        write_json(made_from, content)
         missing = [name for name in self.ids if not (folder / f"{name}.png").is_file()]
-        for done, _ in enumerate(DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all), 1):
+        loader = DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all)
+        for done, _ in enumerate(loader, 1):
             progress(f"{min(64 * done, len(missing))}/{len(missing)} masks rasterised")
         progress("")
 
@@ -356,7 +412,8 @@ class COCO(ImageSet):
         """(H, W) uint8 mask of an image, objects of fewer pixels over those of more."""
         mask, drawn = np.zeros(self.files[name][1], np.uint8), []
         for identity, index, outline in self.objects[name]:
-            with reading(self.source, f"the outline of annotation {identity} ({name}) must be polygons or run lengths"):
+            with reading(self.source, f"the outline of annotation {identity} ({name}) must be "
+                                      f"polygons or run lengths"):
                 drawn.append((draw_object(outline, *mask.shape), mask_value(index)))
         for pixels, value in sorted(drawn, key=lambda one: -one[0].sum()):
             mask[pixels] = value
@@ -369,8 +426,9 @@ class COCO(ImageSet):
 def draw_object(outline, H, W):
     """The pixels (H, W) bool of a COCO segmentation: a list of polygons, or run lengths (crowds).
 
-    A polygon has the pixels whose centre is inside, cut at the image's border. Pillow truncates corners and fills the
-    edge, so it is drawn four times as large, which leaves an eighth of a pixel too much.
+    A polygon has the pixels whose centre is inside, cut at the image's border. Pillow truncates
+    corners and fills the edge, so it is drawn four times as large, which leaves an eighth of a
+    pixel too much.
     """
     if isinstance(outline, dict):
         return decode_rle(outline, H, W).astype(bool)
@@ -392,9 +450,12 @@ def draw_object(outline, H, W):
 
 
 def decode_rle(outline, H, W):
-    """COCO run lengths (a list, or the compressed string), column by column, -> (H, W) uint8 in {0, 1}."""
+    """COCO run lengths (a list, or the compressed string), column by column, -> (H, W) uint8 in
+    {0, 1}.
+    """
     counts = outline["counts"]
-    if isinstance(counts, str):  # 5 bits a character, bit 5: more follow; from the third count on, deltas to two before
+    if isinstance(counts, str):
+        # 5 bits a character, bit 5: more follow; from the third count on, deltas to two before
         values, value, shift = [], 0, 0
         for character in counts.encode():
             bits = character - 48
@@ -407,16 +468,19 @@ def decode_rle(outline, H, W):
                 value = shift = 0
         counts = values
     if list(outline["size"]) != [H, W] or sum(counts) != H * W or min(counts, default=0) < 0:
-        raise ValueError(f"run lengths of {sum(counts)} pixels, size {outline['size']}, for an image of {H} x {W}")
+        raise ValueError(f"run lengths of {sum(counts)} pixels, size {outline['size']}, for an "
+                         f"image of {H} x {W}")
     flat = np.repeat(np.arange(len(counts), dtype=np.uint8) % 2, counts)
     return flat.reshape(W, H).T
 
 
 class Toy(ImageSet):
-    """64 x 64 images made on the fly: objects whose texture is the class, on clutter. Same index, same image.
+    """64 x 64 images made on the fly: objects whose texture is the class, on clutter. Same index,
+    same image.
 
-    As in photographs, the class shows best in a part of the object (a textured badge on a plain body, whose hue hints at
-    the class), several objects and classes share an image, and grey bodies without a badge are background.
+    As in photographs, the class shows best in a part of the object (a textured badge on a plain
+    body, whose hue hints at the class), several objects and classes share an image, and grey
+    bodies without a badge are background.
     """
 
     name, classes = "toy", TOY_CLASSES
@@ -442,11 +506,14 @@ class Toy(ImageSet):
 
 @lru_cache(maxsize=None)
 def draw_toy(name):
-    """The toy image of that name: (64, 64, 3) uint8, its exact mask (64, 64) uint8, its class indices."""
+    """The toy image of that name: (64, 64, 3) uint8, its exact mask (64, 64) uint8, its class
+    indices.
+    """
     rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
     S = 64
     y, x = np.mgrid[:S, :S]
-    coarse = Image.fromarray(rng.integers(40, 216, (6, 6, 3), dtype=np.uint8)).resize((S, S), Image.BICUBIC)
+    coarse = Image.fromarray(rng.integers(40, 216, (6, 6, 3), dtype=np.uint8))
+    coarse = coarse.resize((S, S), Image.BICUBIC)
     grey = np.asarray(coarse, np.float32).mean(-1, keepdims=True)
     image = 0.8 * grey + 0.2 * np.asarray(coarse, np.float32)
     mask = np.zeros((S, S), np.uint8)
@@ -462,8 +529,8 @@ def draw_toy(name):
             continue  # would hide another object
         colour = toy_colour(2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.35))
         u, v = y - cy, x - cx
-        texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0, (u % 5 < 3) & (v % 5 < 3),
-                   np.hypot(u, v) % 4 < 2][k]
+        texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0,
+                   (u % 5 < 3) & (v % 5 < 3), np.hypot(u, v) % 4 < 2][k]
         image[body] = colour
         badge = body & (np.hypot(u - rng.uniform(-3, 3), v - rng.uniform(-3, 3)) < 0.5 * radius)
         image[badge & texture] = colour * 0.35
@@ -479,8 +546,9 @@ def toy_body(rng, y, x, radius):
     angle, stretch = rng.uniform(0, math.pi), rng.uniform(0.7, 1.0)
     u = (y - cy) * math.cos(angle) + (x - cx) * math.sin(angle)
     v = ((x - cx) * math.cos(angle) - (y - cy) * math.sin(angle)) / stretch
-    inside = np.hypot(u, v) < radius if rng.random() < 0.5 else np.maximum(abs(u), abs(v)) < radius * 0.85
-    return inside, cy, cx
+    if rng.random() < 0.5:
+        return np.hypot(u, v) < radius, cy, cx
+    return np.maximum(abs(u), abs(v)) < radius * 0.85, cy, cx
 
 
 def toy_colour(hue):
@@ -488,9 +556,9 @@ def toy_colour(hue):
     return 135 + 95 * np.cos(hue - np.array([0, 2, 4]) * math.pi / 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Opening a data set
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 DATASETS = ("VOC2012", "COCO2014", "toy")
 
 
@@ -502,15 +570,17 @@ def training_split(data):
 def open_data(data, root, split, limit=None, cache=None, classes=None):
     """One split of a data set, checked: an ImageSet.
 
-    data: a name in DATASETS (under root), or a folder in VOC layout with its own classes, named in the file classes.
-    limit: only the first so many images. cache: folder for COCO's rasterised masks. Raises ValueError and
-    FileNotFoundError on whatever does not fit together.
+    data: a name in DATASETS (under root), or a folder in VOC layout with its own classes, named in
+    the file classes. limit: only the first so many images. cache: folder for COCO's rasterised
+    masks. Raises ValueError and FileNotFoundError on whatever does not fit together.
     """
     if data not in DATASETS and not (Path(data).is_dir() and classes):
-        raise ValueError(f"unknown data set {data!r}: use {', '.join(DATASETS)}, or a folder in VOC layout, with --classes "
+        raise ValueError(f"unknown data set {data!r}: use {', '.join(DATASETS)}, or a folder in "
+                         f"VOC layout, with --classes "
                          f"naming a file that lists its class names")
     if data in DATASETS and classes:
-        raise ValueError(f"--classes {classes}: {data} has classes of its own; --classes goes with --data FOLDER")
+        raise ValueError(f"--classes {classes}: {data} has classes of its own; --classes goes "
+                         f"with --data FOLDER")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: at least one image is needed")
     if data == "VOC2012":
@@ -533,19 +603,26 @@ def open_data(data, root, split, limit=None, cache=None, classes=None):
 
 
 def check_classes(names, source):
-    """Class k of the list is value k of a mask, so 1 to 254 different names and no name for background or ignored."""
+    """Class k of the list is value k of a mask, so 1 to 254 different names and no name for
+    background or ignored.
+    """
     if not 1 <= len(names) <= MOST_CLASSES:
-        raise ValueError(f"{source} names {len(names)} classes: 1 to {MOST_CLASSES} fit in an 8-bit mask")
+        raise ValueError(f"{source} names {len(names)} classes: 1 to {MOST_CLASSES} fit in an "
+                         f"8-bit mask")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{source} names the class {twice[0]!r} more than once")
     if reserved := [name for name in names if name.strip("_ ").lower() in RESERVED]:
-        raise ValueError(f"{source} lists {reserved[0]!r}, which is no class: value k of a mask is class k of the list, "
+        raise ValueError(f"{source} lists {reserved[0]!r}, which is no class: value k of a mask "
+                         f"is class k of the list, "
                          f"0 is background and {IGNORE} ignored; take that line out")
 
 
 def open_split(args, split, like=None):
-    """open_data with the command line's settings; like: another split, which must have the same classes."""
-    dataset = open_data(args.data, args.data_root, split, args.limit, args.out / "masks", args.classes)
+    """open_data with the command line's settings; like: another split, which must have the same
+    classes.
+    """
+    cache = args.out / "masks"
+    dataset = open_data(args.data, args.data_root, split, args.limit, cache, args.classes)
     if like is not None:
         need_same_classes(like.classes, like.source, dataset.classes, dataset.source)
     return dataset
@@ -557,70 +634,88 @@ def need_same_classes(one, one_source, other, other_source):
     if one != other:
         k = next(i for i in range(len(one) + len(other)) if one[i:i + 1] != other[i:i + 1])
         names = [repr(classes[k]) if k < len(classes) else "missing" for classes in (one, other)]
-        raise ValueError(f"{one_source} and {other_source} disagree about the classes: class {k + 1} is {names[0]} in the "
+        raise ValueError(f"{one_source} and {other_source} disagree about the classes: class "
+                         f"{k + 1} is {names[0]} in the "
                          f"first, {names[1]} in the second")
 
 
-ARCHIVES = {  # data set -> where it goes under --data-root, and (address, MD5, folder, GB)
-    "VOC2012": ("VOCdevkit/VOC2012", [(*(DATASET_YEAR_DICT["2012"][key] for key in ("url", "md5")), ".", 2.0)]),
+VOC_TAR, COCO_ZIPS = DATASET_YEAR_DICT["2012"], "http://images.cocodataset.org"
+ARCHIVES = {  # data set -> where it goes under --data-root; address, MD5, folder in it, GB
+    "VOC2012": ("VOCdevkit/VOC2012", [(VOC_TAR["url"], VOC_TAR["md5"], ".", 2.0)]),
     "COCO2014": ("COCO2014", [
-        ("http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+        (f"{COCO_ZIPS}/annotations/annotations_trainval2014.zip",
          "0a379cfc70b0e71301e0f377548639bd", "COCO2014", 0.25),
-        ("http://images.cocodataset.org/zips/val2014.zip", "a3d79f5ed8d289b7a7554ce06a5782b3", "COCO2014", 6.6),
-        ("http://images.cocodataset.org/zips/train2014.zip", "0da8c0bd3d6becc4dcb32757491aca88", "COCO2014", 13.5)])}
+        (f"{COCO_ZIPS}/zips/val2014.zip", "a3d79f5ed8d289b7a7554ce06a5782b3", "COCO2014", 6.6),
+        (f"{COCO_ZIPS}/zips/train2014.zip", "0da8c0bd3d6becc4dcb32757491aca88", "COCO2014", 13.5)])}
 
 
 def download(data, root):
-    """Fetch, check and extract a data set into the layout of the README; what is complete is left alone.
+    """Fetch, check and extract a data set into the layout of the README; what is complete is left
+    alone.
 
-    Archives are kept in <root>/download until all are extracted there; only then does the data set take its place, so
-    that half of it is never taken for all. Raises ValueError and OSError with the remedy.
+    Archives are kept in <root>/download until all are extracted there; only then does the data set
+    take its place, so that half of it is never taken for all. Raises ValueError and OSError with
+    the remedy.
     """
     if data not in ARCHIVES:
-        raise ValueError(f"--download: {data} is not to be had there; it goes with --data {' or '.join(ARCHIVES)}")
+        raise ValueError(f"--download: {data} is not to be had there; it goes with --data "
+                         f"{' or '.join(ARCHIVES)}")
     place, archives = ARCHIVES[data]
-    target, partial_folder = Path(root) / place, Path(root) / "download"
+    target, fetched = Path(root) / place, Path(root) / "download"
     if target.is_dir():
         return
     size = sum(gigabytes for *_, gigabytes in archives)
-    print(f"{data}: {size:.1f} GB to download into {partial_folder}, as much again to extract", flush=True)
-    partial_folder.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(partial_folder).free) < 2 * size * 1e9:
-        raise OSError(f"{partial_folder} has {free / 1e9:.1f} GB free, {data} takes {2 * size:.1f}: make room, or give "
+    print(f"{data}: {size:.1f} GB to download into {fetched}, as much to extract", flush=True)
+    fetched.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(fetched).free) < 2 * size * 1e9:
+        raise OSError(f"{fetched} has {free / 1e9:.1f} GB free, {data} takes "
+                      f"{2 * size:.1f}: make room, or give "
                       f"another --data-root")
     for address, md5, folder, _ in archives:
         try:
-            download_and_extract_archive(address, partial_folder, partial_folder / "extracted" / folder, md5=md5)
-        except (RuntimeError, OSError, EOFError) as error:  # torchvision: a wrong checksum is a RuntimeError
-            raise OSError(f"{address} could not be fetched ({error}): try again, or extract it under {root} yourself "
+            extracted = fetched / "extracted" / folder
+            download_and_extract_archive(address, fetched, extracted, md5=md5)
+        except (RuntimeError, OSError, EOFError) as error:  # a wrong checksum is a RuntimeError
+            raise OSError(f"{address} could not be fetched ({error}): try again, or extract it "
+                          f"under {root} yourself "
                           f"(see README)") from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial_folder / "extracted" / place, target)
-    shutil.rmtree(partial_folder)
+    os.replace(fetched / "extracted" / place, target)
+    shutil.rmtree(fetched)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Loading. Images travel as uint8 and are normalised on the device.
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=None)
 def per_channel(values, device):
-    """(3,) numbers -> (3, 1, 1) on the device; made once, since every copy from the host makes a GPU wait."""
+    """(3,) numbers -> (3, 1, 1) on the device; made once, since every copy from the host makes a
+    GPU wait.
+    """
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def normalise(images):
     """uint8 (B, 3, H, W) -> float, ImageNet-normalised."""
-    return (images.float() / 255 - per_channel(IMAGENET_MEAN, images.device)) / per_channel(IMAGENET_STD, images.device)
+    mean, std = (per_channel(v, images.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def bilinear(maps, size):
+    """maps (B, K, h, w) -> (B, K, H, W), size = (H, W), corners not aligned."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def mirrored_views(images, scale, multiple):
-    """Normalised images (1, 3, H, W) at a scale, with their mirror image -> (2, 3, ., .) and the size (h, w) in it.
+    """Normalised images (1, 3, H, W) at a scale, with their mirror image -> (2, 3, ., .) and the
+    size (h, w) in it.
 
-    Right and bottom are padded to whole multiples (of the patch size); results are to be cropped to (h, w).
+    Right and bottom are padded to whole multiples (of the patch size); results are to be cropped
+    to (h, w).
     """
     h, w = (max(1, round(side * scale)) for side in images.shape[-2:])
     if scale != 1:
-        images = F.interpolate(images, size=(h, w), mode="bilinear", align_corners=False)
+        images = bilinear(images, (h, w))
     both = torch.cat([images, images.flip(-1)])
     return F.pad(both, [0, -w % multiple, 0, -h % multiple], mode="replicate"), (h, w)
 
@@ -631,11 +726,14 @@ def say_once(text):
 
 
 def shrink(pixels, max_side):
-    """pixels (3, H, W) uint8, made smaller if a side is longer than max_side: memory grows with a side's fourth power."""
+    """pixels (3, H, W) uint8, made smaller if a side is longer than max_side: memory grows with a
+    side's fourth power.
+    """
     H, W = pixels.shape[-2:]
     if max(H, W) <= max_side:
         return pixels
-    say_once(f"photographs are shrunk to {max_side} px (--max-side) and their masks enlarged again")
+    say_once(f"photographs are shrunk to {max_side} px (--max-side) and their masks enlarged "
+             f"again")
     scale = max_side / max(H, W)
     return TF.resize(pixels, [max(1, round(H * scale)), max(1, round(W * scale))], antialias=True)
 
@@ -644,13 +742,16 @@ def enlarge(mask, size):
     """A mask (h, w) at another size (H, W), by nearest neighbour; what shrink did, undone."""
     if mask.shape == tuple(size):
         return mask
-    return F.interpolate(mask[None, None].float(), size=tuple(size), mode="nearest-exact")[0, 0].to(mask.dtype)
+    larger = F.interpolate(mask[None, None].float(), size=tuple(size), mode="nearest-exact")
+    return larger[0, 0].to(mask.dtype)
 
 
 @contextmanager
 def seeded(seed):
-    """Random transforms inside depend on seed alone, not on the worker, the order or what ran before."""
-    before = torch.get_rng_state()  # of the CPU: a GPU's generator, on which drop-path depends, is left alone
+    """Random transforms inside depend on seed alone, not on the worker, the order or what ran
+    before.
+    """
+    before = torch.get_rng_state()  # a GPU's generator, on which drop-path depends, is left alone
     torch.default_generator.manual_seed(seed)
     try:
         yield
@@ -659,7 +760,9 @@ def seeded(seed):
 
 
 class EpochSampler(DistributedSampler):
-    """(index, seed) in an order, and with seeds, that depend on (seed, epoch) alone: call set_epoch."""
+    """(index, seed) in an order, and with seeds, that depend on (seed, epoch) alone: call
+    set_epoch.
+    """
 
     def __iter__(self):
         for index in super().__iter__():
@@ -667,18 +770,23 @@ class EpochSampler(DistributedSampler):
 
 
 def train_loader(samples, batch, seed, workers, device):
-    """A shuffling DataLoader; call loader.sampler.set_epoch(e) before each epoch. The last short batch is dropped.
+    """A shuffling DataLoader; call loader.sampler.set_epoch(e) before each epoch. The last short
+    batch is dropped.
 
-    batch is that of all processes together; each gets its share. The loader's own generator keeps it from drawing on the
-    global one, on which drop-path and dropout depend.
+    batch is that of all processes together; each gets its share. The loader's own generator keeps
+    it from drawing on the global one, on which drop-path and dropout depend.
     """
     if batch < 1 or batch > len(samples):
-        raise ValueError(f"--batch {batch} with {len(samples)} images: it must be between 1 and the number of images")
+        raise ValueError(f"--batch {batch} with {len(samples)} images: it must be between 1 and "
+                         f"the number of images")
     if batch % world():
-        raise ValueError(f"--batch {batch} is shared by {world()} processes: it must be a multiple of {world()}")
+        raise ValueError(f"--batch {batch} is shared by {world()} processes: it must be a "
+                         f"multiple of {world()}")
     sampler = EpochSampler(samples, world(), rank(), seed=100_003 * seed, drop_last=True)
-    return DataLoader(samples, batch // world(), sampler=sampler, num_workers=workers, drop_last=True,
-                      pin_memory=device.type == "cuda", persistent_workers=workers > 0, generator=torch.Generator())
+    return DataLoader(
+        samples, batch // world(), sampler=sampler, num_workers=workers, drop_last=True,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        generator=torch.Generator())
 
 
 def read_photograph(dataset, name):
@@ -686,32 +794,40 @@ def read_photograph(dataset, name):
 
 
 def photographs(dataset, names, workers, device):
-    """(name, image (3, H, W) uint8) one by one, in order, decoded ahead by workers if a GPU does the other work."""
+    """(name, image (3, H, W) uint8) one by one, in order, decoded ahead by workers if a GPU does
+    the other work.
+    """
     workers = workers if device.type == "cuda" else 0
     return DataLoader(names, batch_size=None, num_workers=workers, generator=torch.Generator(),
                       collate_fn=partial(read_photograph, dataset))
 
 
 def photo_files(paths):
-    """The image files among paths and in the folders among them. Raises FileNotFoundError / ValueError if there are none."""
+    """The image files among paths and in the folders among them. Raises FileNotFoundError /
+    ValueError if there are none.
+    """
     known, files = Image.registered_extensions(), []
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"no photograph or folder {path}: give files or folders that are there")
-        files += sorted(f for f in path.iterdir() if f.suffix.lower() in known) if path.is_dir() else [path]
+            raise FileNotFoundError(f"no photograph or folder {path}: give files or folders that "
+                                    f"are there")
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files += [f for f in inside if f.suffix.lower() in known] if path.is_dir() else [path]
     if not files:
         raise ValueError(f"no image that Pillow reads in {', '.join(map(str, paths))}")
     if twice := [stem for stem, count in Counter(f.stem for f in files).items() if count > 1]:
-        raise ValueError(f"two photographs are called {twice[0]!r}: their masks would overwrite each other, rename one")
+        raise ValueError(f"two photographs are called {twice[0]!r}: their masks would overwrite "
+                         f"each other, rename one")
     return files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The files of a run: one writer, one reader each
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 @contextmanager
 def replacing(path):
-    """Yields a temporary path in the same folder; it takes the place of path only when the block went well.
+    """Yields a temporary path in the same folder; it takes the place of path only when the block
+    went well.
 
     Raises OSError if the block does (a full disk): then path is what it was.
     """
@@ -722,7 +838,8 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error}): what was there is unchanged; make room, or allow writing there, "
+        raise OSError(f"{path} could not be written ({error}): what was there is unchanged; make "
+                      f"room, or allow writing there, "
                       f"and give the same command again, a stage with --resume") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -742,10 +859,14 @@ def write_mask(path, mask):
 
 
 def write_overlay(path, pixels, colours, legend):
-    """A photograph (3, H, W) uint8 under colours (H, W, 3) uint8, its class names (name -> colour) below, as JPEG."""
+    """A photograph (3, H, W) uint8 under colours (H, W, 3) uint8, its class names (name -> colour)
+    below, as JPEG.
+    """
     photo = pixels.permute(1, 2, 0).numpy()
     mixed = Image.fromarray((0.5 * photo + 0.5 * colours).astype(np.uint8))
-    sheet = Image.new("RGB", (max(mixed.width, 8 + max(map(len, legend), default=0) * 7), mixed.height + 16 * len(legend)), "white")
+    text_width = 24 + 7 * max(map(len, legend), default=0)
+    size = max(mixed.width, text_width), mixed.height + 16 * len(legend)
+    sheet = Image.new("RGB", size, "white")
     sheet.paste(mixed)
     draw = ImageDraw.Draw(sheet)
     for i, (name, colour) in enumerate(legend.items()):
@@ -756,7 +877,9 @@ def write_overlay(path, pixels, colours, legend):
 
 
 def write_cam(path, class_ids, cam, size):
-    """class_ids (K,) of the present classes, cam (K, h, w) in [0, 1], size = (H, W) of the image -> .npz, float16."""
+    """class_ids (K,) of the present classes, cam (K, h, w) in [0, 1], size = (H, W) of the image
+    -> .npz, float16.
+    """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, class_ids=np.asarray(class_ids, np.int16), cam=np.asarray(cam, np.float16),
                  size=np.asarray(size, np.int32))
@@ -764,11 +887,14 @@ def write_cam(path, class_ids, cam, size):
 
 def read_cam(path):
     """-> class_ids (K,) int64 tensor, cam (K, h, w) float32 tensor, (H, W)."""
-    with reading(path, "delete it and run refine.py --resume"), np.load(path, allow_pickle=False) as record:
-        class_ids, cam, (H, W) = record["class_ids"], record["cam"], record["size"]
+    remedy = "delete it and run refine.py --resume"
+    with reading(path, remedy), np.load(path, allow_pickle=False) as record:
+        class_ids = torch.from_numpy(record["class_ids"].astype(np.int64))
+        cam = torch.from_numpy(record["cam"].astype(np.float32))
+        H, W = record["size"].tolist()
         if cam.ndim != 3 or len(class_ids) != len(cam):
-            raise ValueError(f"{len(class_ids)} classes and maps {cam.shape}")
-        return torch.from_numpy(class_ids.astype(np.int64)), torch.from_numpy(cam.astype(np.float32)), (int(H), int(W))
+            raise ValueError(f"{len(class_ids)} classes and maps {tuple(cam.shape)}")
+    return class_ids, cam, (H, W)
 
 
 def need_files(folder, ids, suffix, command):
@@ -776,7 +902,8 @@ def need_files(folder, ids, suffix, command):
     missing = [name for name in ids if not (folder / f"{name}{suffix}").is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(ids)} files are missing in {folder}: "
-                                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; make them with  {command}")
+                                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; "
+                                f"make them with  {command}")
 
 
 def write_json(path, value):
@@ -806,7 +933,8 @@ def log_line(folder, record):
     with replacing(path) as temporary:  # whole lines only, whatever happens
         temporary.write_text(before + json.dumps(record) + "\n", encoding="utf-8")
     progress("")
-    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
+    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()]
+    print("  ".join(shown), flush=True)
 
 
 def read_log(folder):
@@ -815,7 +943,18 @@ def read_log(folder):
     return [json.loads(line) for line in read_text(path).splitlines()] if path.is_file() else []
 
 
-SECONDS_BETWEEN_CHECKPOINTS = 60  # at least: a large model's takes a second, a GPU's epoch hardly more
+def seed_epoch(seed, epoch):
+    """For drop-path and dropout: an epoch that is resumed repeats them."""
+    torch.manual_seed((seed * 100_003 + epoch) * world() + rank())
+
+
+def what_is_on_disk(folder):
+    """For the message of a training that has to stop."""
+    last = Path(folder) / "last.pt"
+    return f"the last good state is {last}" if last.is_file() else "nothing is written yet"
+
+
+SECONDS_BETWEEN_CHECKPOINTS = 60  # at least: they would cost a GPU a tenth of its time
 
 
 def write_checkpoint(path, checkpoint):
@@ -823,7 +962,7 @@ def write_checkpoint(path, checkpoint):
     if rank():
         return
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)  # straight to a file, a full disk would end in an error of zip's innards
+    torch.save(checkpoint, buffer)  # to a file, a full disk would end in an error of zip's innards
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
@@ -833,8 +972,9 @@ def write_checkpoint(path, checkpoint):
 def read_checkpoint(path, stage, dataset=None, options="--data VOC2012"):
     """A checkpoint of stage ("cls" or "seg"), on the CPU.
 
-    dataset: whose name and classes it must have; options: same_data of the command line, for messages.
-    Raises FileNotFoundError with the command that makes it; ValueError if unreadable or of something else.
+    dataset: whose name and classes it must have; options: same_data of the command line, for
+    messages. Raises FileNotFoundError with the command that makes it; ValueError if unreadable or
+    of something else.
     """
     command = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage]
     if not Path(path).is_file():
@@ -842,7 +982,8 @@ def read_checkpoint(path, stage, dataset=None, options="--data VOC2012"):
                                 f"--out {quoted(Path(path).parent.parent)}")
     with reading(path, f"it must be a checkpoint that {command} wrote"):
         if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-            raise ValueError(f"it wants to run code ({code[0]}), which is refused: load it where you trust it and save plain "
+            raise ValueError(f"it wants to run code ({code[0]}), which is refused: load it where "
+                             f"you trust it and save plain "
                              f"dicts, numbers and tensors alone")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
@@ -851,7 +992,8 @@ def read_checkpoint(path, stage, dataset=None, options="--data VOC2012"):
         classes, name = config["classes"], Path(config["data"]).name
     if dataset is not None:
         if name != Path(dataset.name).name:
-            raise ValueError(f"{path} was trained on {config['data']}, not on {dataset.name}: give the --out of such a run")
+            raise ValueError(f"{path} was trained on {config['data']}, not on {dataset.name}: "
+                             f"give the --out of such a run")
         need_same_classes(classes, path, dataset.classes, dataset.source or dataset.name)
     return checkpoint
 
@@ -861,15 +1003,18 @@ def fingerprint(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "out", "data_root", "profile", "download", "predict_split"}
-PATHS = {"data", "classes", "masks", "branch_from", "pretrained"}  # flags that name a file or folder, if it is there
+# Flags that may differ when a run is resumed; and those that may name a file or a folder.
+FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "out", "data_root", "profile",
+                  "download", "predict_split"}
+PATHS = {"data", "classes", "masks", "branch_from", "pretrained"}
 
 
 def prepare_folder(folder, args, dataset, **made_from):
     """Make a stage's folder and its args.json.
 
-    A folder in use needs --resume (same settings, same images and labels, made from the same files: made_from, name ->
-    path; else ValueError) or --overwrite (its files are deleted). Of several processes one does it and the others wait.
+    A folder in use needs --resume (same settings, same images and labels, made from the same
+    files: made_from, name -> path; else ValueError) or --overwrite (its files are deleted). Of
+    several processes one does it and the others wait.
     """
     if rank():
         return wait_for_all()
@@ -880,31 +1025,37 @@ def prepare_folder(folder, args, dataset, **made_from):
         if key not in FREE_TO_CHANGE:
             settings[key] = str(value) if isinstance(value, Path) else value
     settings["class_names"] = list(dataset.classes)
-    settings["made_from"] = {"images and labels": dataset.fingerprint(),
-                             **{what.replace("_", "-"): fingerprint(path) for what, path in made_from.items()}}
+    settings["made_from"] = {"images and labels": dataset.fingerprint()}
+    for what, path in made_from.items():
+        settings["made_from"][what.replace("_", "-")] = fingerprint(path)
     used = folder.is_dir() and any(folder.iterdir())
     if used and args.resume and (folder / "args.json").is_file():
         before = read_json(folder / "args.json", "delete the folder to start again")
         for what, content in settings["made_from"].items():
             if before.get("made_from", {}).get(what) != content:
-                raise ValueError(f"--resume in {folder}, but the {what} changed since: start again with --overwrite")
+                raise ValueError(f"--resume in {folder}, but the {what} changed since: start "
+                                 f"again with --overwrite")
         if changed := [k for k in settings if before.get(k) != settings[k]]:
-            raise ValueError(f"--resume in {folder} with another --{changed[0].replace('_', '-')}: it was {before.get(changed[0])!r}, "
-                             f"now {settings[changed[0]]!r}; repeat the settings or use another --out")
+            raise ValueError(f"--resume in {folder} with another "
+                             f"--{changed[0].replace('_', '-')}: it was "
+                             f"{before.get(changed[0])!r}, "
+                             f"now {settings[changed[0]]!r}; repeat the settings or use another "
+                             f"--out")
         for half_written in folder.glob(".*.tmp"):  # by a process that was killed
             half_written.unlink()
     elif used and args.overwrite:
         shutil.rmtree(folder)
     elif used and not args.resume:
-        raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, or choose another --out")
+        raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, "
+                         f"or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "args.json", settings)
     wait_for_all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Several processes: torchrun --nproc_per_node=N train_cls.py ...
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def rank():
     """This process's number, 0 .. world() - 1; 0 writes the logs and checkpoints."""
     return int(os.environ.get("RANK", 0))
@@ -924,8 +1075,9 @@ def join(device):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # hours, because in stages 2 and 3 the fast processes wait for the slow ones at the end
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12),
-                                device_id=device if device.type == "cuda" else None)
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12),
+                                device_id=device if cuda else None)
         atexit.register(dist.destroy_process_group)
     return device
 
@@ -949,13 +1101,16 @@ def distributed(model, device):
     cuda = device.type == "cuda"
     if cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model, [device.index] if cuda else None, broadcast_buffers=not cuda)
+    return torch.nn.parallel.DistributedDataParallel(
+        model, [device.index] if cuda else None, broadcast_buffers=not cuda)
 
 
 def run(main):
-    """Call a stage's main: an error of the user is one line and exit code 2, a fault of the program a traceback.
+    """Call a stage's main: an error of the user is one line and exit code 2, a fault of the
+    program a traceback.
 
-    Of several processes the one that fails ends at once: good-byes would wait for those that wait for it.
+    Of several processes the one that fails ends at once: good-byes would wait for those that wait
+    for it.
     """
     try:
         return main()
@@ -973,26 +1128,31 @@ def run(main):
     (os._exit if world() > 1 else sys.exit)(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The command line that all stages share
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def argument_parser(description):
     """A parser with the flags that mean the same in every script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-        prog, max_help_position=28, width=110))
+    wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=110)
+    parser = argparse.ArgumentParser(description=description, formatter_class=wide)
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="VOC2012", help=f"{', '.join(DATASETS)}, or a folder in VOC layout, with --classes")
+    add("--data", default="VOC2012", help=f"{', '.join(DATASETS)}, or a folder in VOC layout, "
+                                          f"with --classes")
     add("--classes", metavar="FILE", help="for --data FOLDER: its class names, one a line")
-    add("--data-root", default="data", metavar="DIR", help="holds VOCdevkit/VOC2012 or COCO2014 (default data)")
+    add("--data-root", default="data", metavar="DIR", help="holds VOCdevkit/VOC2012 or COCO2014 "
+                                                           "(default data)")
     add("--limit", type=int, metavar="N", help="use only the first N images of each split")
     add = parser.add_argument_group("machine and output").add_argument
     add("--out", metavar="DIR", help="output folder (default runs/<data>)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda if there is one")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda if "
+                                                                                 "there is one")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of matrix products; auto: bfloat16 where the device has it natively")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that load images")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that "
+                                                                                "load images")
     add("--seed", type=int, default=0)
-    add("--deterministic", action="store_true", help="on CUDA: the same bits again (a CPU always gives them)")
+    add("--deterministic", action="store_true", help="on CUDA: the same bits again (a CPU always "
+                                                     "gives them)")
     return parser
 
 
@@ -1009,7 +1169,8 @@ def start(args):
         device = torch.device(args.device)
         torch.zeros(1, device=device)
     except Exception as error:  # each backend has its own way to say that it is not there
-        raise ValueError(f"--device {args.device}: not there, or unknown to this torch ({str(error).splitlines()[0]}); use "
+        raise ValueError(f"--device {args.device}: not there, or unknown to this torch "
+                         f"({str(error).splitlines()[0]}); use "
                          f"cpu, or cuda with an NVIDIA GPU and a CUDA build of torch") from error
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
@@ -1032,7 +1193,9 @@ def native_bfloat16(device):
 
 
 def autocast(device, precision):
-    """Matrix products and convolutions in precision, "bfloat16" or "float32"; the rest stays float32."""
+    """Matrix products and convolutions in precision, "bfloat16" or "float32"; the rest stays
+    float32.
+    """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -1051,9 +1214,9 @@ def same_data(args):
     return shlex.join(map(str, words))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # --profile N
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # bfloat16, dense, by the maker's data sheets
 
 
@@ -1067,10 +1230,11 @@ def profile_steps(text):
 
 
 def profile(step, steps, device, images=1, flops=None):
-    """Call step(i) so many times and print its phases (torch.profiler.record_function), memory and images/s.
+    """Call step(i) so many times and print its phases (torch.profiler.record_function), memory and
+    images/s.
 
-    images: of a step; flops: of a step's model, for its utilisation. The phases are timed in a run of their own, since
-    the profiler slows small operations down. Returns images/s.
+    images: of a step; flops: of a step's model, for its utilisation. The phases are timed in a run
+    of their own, since the profiler slows small operations down. Returns images/s.
     """
     for i in range(2):
         step(i)
@@ -1085,22 +1249,26 @@ def profile(step, steps, device, images=1, flops=None):
     seconds = (time.perf_counter() - begin) / steps
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else peak_memory()
 
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=activities) as profiler:
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda) as profiler:
         for i in range(steps):
             step(2 + steps + i)
     phases = {}
     for event in profiler.key_averages():
-        if event.is_user_annotation and "#" not in event.key:  # "Optimizer.step#AdamW.step" and the like are torch's own
-            phases[event.key] = max(phases.get(event.key, 0), event.device_time_total if cuda else event.cpu_time_total)
+        if event.is_user_annotation and "#" not in event.key:  # those with # are torch's own
+            microseconds = event.device_time_total if cuda else event.cpu_time_total
+            phases[event.key] = max(phases.get(event.key, 0), microseconds)
     for name, microseconds in phases.items():
-        print(f"  {name:<12} {microseconds / 1e3 / steps:9.1f} ms  {100 * microseconds / sum(phases.values()):4.0f} %")
-    print(f"  {'together':<12} {1e3 * seconds:9.1f} ms  {images / seconds:.1f} images/s  peak memory {memory:.0f} MiB")
+        print(f"  {name:<12} {microseconds / 1e3 / steps:9.1f} ms  "
+              f"{100 * microseconds / sum(phases.values()):4.0f} %")
+    print(f"  {'together':<12} {1e3 * seconds:9.1f} ms  {images / seconds:.1f} images/s  peak "
+          f"memory {memory:.0f} MiB")
     if flops:
         name = torch.cuda.get_device_name(device) if cuda else "CPU"
         peak = next((p for key, p in PEAK_TFLOPS.items() if key in name), None)
         tera = flops / seconds / 1e12
-        print(f"  {name}: {tera:.2f} TFLOP/s of the model" + (f", {100 * tera / peak:.1f} % of {peak}" if peak else ""))
+        print(f"  {name}: {tera:.2f} TFLOP/s of the model" + (f", {100 * tera / peak:.1f} % of "
+                                                              f"{peak}" if peak else ""))
     return images / seconds
 
 
@@ -1108,4 +1276,5 @@ def peak_memory():
     """The most memory (MiB) that this process ever had."""
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)

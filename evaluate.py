@@ -1,13 +1,13 @@
-"""Stage 4: mIoU of seeds, pseudo-masks and predictions; how well each layer's affinity refines; pictures; tables.
+"""Stage 4: mIoU of seeds, pseudo-masks and predictions; what each layer's affinity does; pictures.
 
 Reads  ground truth (nothing else does) and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
-       layers              <out>/cls/last.pt: the seed refined by each layer, and its state (--before: beside it)
-       pictures            the first images of the split, from photo to prediction (--before: and before AReAM)
+       layers              <out>/cls/last.pt: the seed refined by each layer, and its state
+       pictures            the first images of the split, from photo to prediction
        demo                table and pictures of two finished runs, --before (plain) and --out
        study               the records of many runs, as tables (--records)
        submission          <out>/pred/<split> packed for the VOC server
-Writes a record to <out>/results.json; <out>/layers.{json, png}, pictures.png, worst.png, comp6_<split>_cls.tgz.
+Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png, worst.png}.
 Run    python evaluate.py --data VOC2012 --what pred
 Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: EXPECT images/s.
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 
@@ -27,18 +26,18 @@ import data
 import refine
 
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
-FIXED = 45  # index of the fixed threshold, 0.45: the middle of the band 0.35 .. 0.55 of the pseudo-labels, never tuned
+FIXED = 45  # index of the fixed threshold, 0.45: the middle of the pseudo-labels' band, never tuned
 FIXED_THRESHOLD = FIXED / 100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Scores
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def confusion_matrix(prediction, target, num_classes):
     """Pixel counts (M, M) int64, rows = target, M = num_classes with the background.
 
-    prediction, target: arrays or tensors of one shape, target 0..M-1 or 255 (not counted), prediction 0..M-1.
-    Raises ValueError on other shapes or values (255 in a prediction too).
+    prediction, target: arrays or tensors of one shape, target 0..M-1 or 255 (not counted),
+    prediction 0..M-1. Raises ValueError on other shapes or values (255 in a prediction too).
     """
     prediction, target = torch.as_tensor(prediction).long(), torch.as_tensor(target).long()
     if prediction.shape != target.shape:
@@ -46,30 +45,34 @@ def confusion_matrix(prediction, target, num_classes):
     valid = target != data.IGNORE
     for values, name in ((prediction, "prediction"), (target[valid], "target")):
         if values.numel() and (values.min() < 0 or values.max() >= num_classes):
-            raise ValueError(f"the {name} holds {int(values.max())}, allowed are 0..{num_classes - 1}")
+            raise ValueError(f"the {name} holds {int(values.max())}, allowed are "
+                             f"0..{num_classes - 1}")
     index = target[valid] * num_classes + prediction[valid]
     return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def scores(confusion, unlabelled=None):
-    """IoU, precision and recall per class (nan where undefined) and their mean IoU over classes that occur.
+    """IoU, precision and recall per class (nan where undefined) and their mean IoU over classes
+    that occur.
 
-    confusion (M, M) counts, rows = target; unlabelled (M,): target pixels given no class, which count as missed.
-    Returns {"iou", "precision", "recall": (M,) float64 in [0, 1], "miou": float}; a class occurs if the target has it.
+    confusion (M, M) counts, rows = target; unlabelled (M,): target pixels given no class, which
+    count as missed. Returns {"iou", "precision", "recall": (M,) float64 in [0, 1], "miou": float};
+    a class occurs if the target has it.
     """
     confusion = torch.as_tensor(confusion).double()
     hit, predicted, target = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
     if unlabelled is not None:
         target = target + unlabelled
     iou = torch.where(target > 0, hit / (predicted + target - hit), torch.nan)
-    return {"iou": iou, "precision": hit / predicted, "recall": hit / target, "miou": iou.nanmean().item()}
+    return {"iou": iou, "precision": hit / predicted, "recall": hit / target,
+            "miou": iou.nanmean().item()}
 
 
 def threshold_counts(cam, values, target, num_classes):
     """The counts from which every background threshold's confusion matrix follows.
 
-    cam (K, H, W) in [0, 1], values (K,) mask values, target (H, W). Returns (M, M, T + 1) int64: target class, winning
-    foreground class, number of THRESHOLDS that the winner's score exceeds.
+    cam (K, H, W) in [0, 1], values (K,) mask values, target (H, W). Returns (M, M, T + 1) int64:
+    target class, winning foreground class, number of THRESHOLDS that the winner's score exceeds.
     """
     score, winner = cam.max(0)
     valid = target != data.IGNORE
@@ -80,55 +83,67 @@ def threshold_counts(cam, values, target, num_classes):
 
 
 def curve(counts):
-    """threshold_counts summed over images -> one confusion matrix (M, M) per threshold, (T, M, M) int64.
+    """threshold_counts summed over images -> one confusion matrix (M, M) per threshold, (T, M, M)
+    int64.
 
     At threshold t a pixel takes its winning class if that scores above t, else background.
     """
-    above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)  # (T, M, M): exceeds threshold j
+    # (T, M, M): how many exceed threshold j
+    above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)
     confusion = above.clone()
     confusion[:, :, 0] += counts.sum((1, 2)) - above.sum(2)
     return confusion
 
 
 def summarise(counts):
-    """Fixed and best threshold of a curve: {"fixed", "best", "best_threshold"}, mIoU in percent."""
+    """Fixed and best threshold of a curve: {"fixed", "best", "best_threshold"}, mIoU in percent.
+    """
     miou = [100 * scores(c)["miou"] for c in curve(counts)]
     best = int(np.argmax(miou))
     return {"fixed": miou[FIXED], "best": miou[best], "best_threshold": best / 100}
 
 
 def rank_correlation(table, state, threshold):
-    """Does entropy tell which layers refine badly? Spearman's correlation over layers of entropy and seed mIoU, in [-1, 1].
+    """Does entropy tell which layers refine badly? Spearman's correlation over layers of entropy
+    and seed mIoU, in [-1, 1].
 
-    table, state: of evaluate_layers; threshold: "fixed" or "best". Near -1: the higher the entropy, the worse the seed
-    refined by that layer alone, as re-activation weights presume; near 0: entropy says nothing.
+    table, state: of evaluate_layers; threshold: "fixed" or "best". Near -1: the higher the
+    entropy, the worse the seed refined by that layer alone, as re-activation weights presume; near
+    0: entropy says nothing.
     """
     miou = [table[f"layer {l}"][threshold] for l in range(len(state["entropy"]))]
     ranks = [np.argsort(np.argsort(values)) for values in (state["entropy"], miou)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Counting over a split
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def target_of(dataset, name, size, other):
     """An image's ground truth (H, W) as a tensor; other: the file whose (H, W) it must equal."""
     mask = dataset.mask(name)
     if mask.shape != tuple(size):
-        raise ValueError(f"{name}: the ground truth is {mask.shape[0]} x {mask.shape[1]} pixels, {other} {size[0]} x {size[1]} "
-                         f"(a photograph turned upright by its EXIF orientation needs its mask upright too)")
+        raise ValueError(f"{name}: the ground truth is {mask.shape[0]} x {mask.shape[1]} pixels, "
+                         f"{other} {size[0]} x {size[1]} "
+                         f"(a photograph turned upright by its EXIF orientation needs its mask "
+                         f"upright too)")
     return torch.from_numpy(mask)
 
 
 def need_classes(counts, dataset):
-    """Raises ValueError where not a pixel of the ground truth has a class: counts (M,) of target pixels by value."""
+    """Raises ValueError where not a pixel of the ground truth has a class: counts (M,) of target
+    pixels by value.
+    """
     if not counts[1:].any():
-        raise ValueError(f"the ground truth of these {len(dataset.ids)} images has no pixel of any class: {data.IGNORE} means "
+        raise ValueError(f"the ground truth of these {len(dataset.ids)} images has no pixel of "
+                         f"any class: {data.IGNORE} means "
                          f"ignored, write class k as k, not as {data.IGNORE}")
 
 
 def evaluate_masks(dataset, folder, pseudo=False):
-    """Confusion (M, M) of the PNGs of a folder, the pixels left unlabelled per target class (M,), mIoU of each image."""
+    """Confusion (M, M) of the PNGs of a folder, the pixels left unlabelled per target class (M,),
+    mIoU of each image.
+    """
     C = len(dataset.classes)
     confusion, unlabelled, each = torch.zeros(C + 1, C + 1).long(), torch.zeros(C + 1).long(), {}
     for name in dataset.ids:
@@ -152,43 +167,50 @@ def evaluate_masks(dataset, folder, pseudo=False):
 
 def evaluate_cams(dataset, folder):
     """threshold_counts summed over the CAM files of a folder."""
-    counts = 0
+    counts, M = 0, len(dataset.classes) + 1
     for name in dataset.ids:
         path = folder / f"{name}.npz"
         class_ids, cam, size = data.read_cam(path)
         target = target_of(dataset, name, size, path)
-        cam = F.interpolate(cam[None], size=size, mode="bilinear", align_corners=False)[0]
-        counts = counts + threshold_counts(cam, data.mask_value(class_ids), target, len(dataset.classes) + 1)
+        cam = data.bilinear(cam[None], size)[0]
+        counts = counts + threshold_counts(cam, data.mask_value(class_ids), target, M)
     need_classes(counts.sum((1, 2)), dataset)
     return counts
 
 
 def evaluate_layers(dataset, model, deep_from, args, device):
-    """What each layer's affinity does to the seed, and what state it is in: one pass over the images.
+    """What each layer's affinity does to the seed, and what state it is in: one pass over the
+    images.
 
-    Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's Figure 1; "unrefined"
-    is the patch map times the class tokens' attention), and state: lists over the layers, means over the images
-    (Figure 3): "entropy" in bits (aream.layer_entropy), "distance" (aream.row_distance), "top" (aream.top_share),
-    "w_hat" (aream.reactivation_weights).
+    Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's
+    Figure 1; "unrefined" is the patch map times the class tokens' attention), and state: lists
+    over the layers, means over the images (Figure 3): "entropy" in bits (aream.layer_entropy),
+    "distance" (aream.row_distance), "top" (aream.top_share), "w_hat" (aream.reactivation_weights).
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     every = (*shallow, *deep)
-    variants = {"patch map alone": None, "unrefined": (), "all layers": every, "shallow layers": tuple(shallow),
-                "deep layers": tuple(deep), "all, weighted": "entropy", **{f"layer {l}": (l,) for l in every}}
+    variants = {"patch map alone": None, "unrefined": (), "all layers": every,
+                "shallow layers": tuple(shallow), "deep layers": tuple(deep),
+                "all, weighted": "entropy", **{f"layer {l}": (l,) for l in every}}
     counts, states, begin = {name: 0 for name in variants}, [], time.time()
+    M = len(dataset.classes) + 1
     for i, name in enumerate(dataset.ids, 1):
         pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
         target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name))
         labels = dataset.label_vector(name)[None].to(device)
         shrunk = data.shrink(pixels, args.max_side).to(device)
-        cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps,
-                                lambda output: states.append(layer_state(output, labels)), args.precision)
+
+        def observe(output):
+            states.append(layer_state(output, labels))
+
+        cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta,
+                                args.steps, observe, args.precision)
 
         values = data.mask_value(torch.tensor(class_ids))
         stacked = torch.stack(list(cams.values())).cpu()  # (variants, K, h, w)
-        stacked = F.interpolate(stacked, size=target.shape, mode="bilinear", align_corners=False)
+        stacked = data.bilinear(stacked, target.shape)
         for variant, cam in zip(variants, stacked):
-            counts[variant] = counts[variant] + threshold_counts(cam, values, target, len(dataset.classes) + 1)
+            counts[variant] = counts[variant] + threshold_counts(cam, values, target, M)
         if i % 20 == 0:
             data.progress(f"{i}/{len(dataset.ids)}  {i / (time.time() - begin):.1f} images/s")
     data.progress("")
@@ -198,7 +220,9 @@ def evaluate_layers(dataset, model, deep_from, args, device):
 
 
 def layer_state(output, labels):
-    """Entropy, row distance, top share and w_hat of every layer, of the first image of a ViTOutput -> (4, L) on the CPU."""
+    """Entropy, row distance, top share and w_hat of every layer, of the first image of a ViTOutput
+    -> (4, L) on the CPU.
+    """
     P = output.cam[0, 0].numel()
     blocks = torch.cat([aream.patch_block(a[:1], P) for a in output.affinity])  # (L, P, P)
     entropy = aream.layer_entropy(output.cam[:1], [b[None] for b in blocks], labels)[0]
@@ -206,12 +230,14 @@ def layer_state(output, labels):
     return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks), w_hat]).cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def heat(photo, cam):
-    """A CAM over its photo: photo (H, W, 3) uint8, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue to red."""
-    cam = F.interpolate(cam[None, None].float().cpu(), size=photo.shape[:2], mode="bilinear")[0, 0].numpy()
+    """A CAM over its photo: photo (H, W, 3) uint8, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue
+    to red.
+    """
+    cam = data.bilinear(cam[None, None].float().cpu(), photo.shape[:2])[0, 0].numpy()
     colour = np.stack([np.clip(1.5 - abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], -1) * 255
     return (0.45 * photo + 0.55 * colour).astype(np.uint8)
 
@@ -240,15 +266,20 @@ def contact_sheet(path, titles, rows, cell=150):
     top = 18
     for row, height in zip(rows, heights):
         for x, picture in enumerate(row):
-            sheet.paste(picture, (x * cell + (cell - picture.width) // 2, top + (height - picture.height) // 2))
+            left = x * cell + (cell - picture.width) // 2
+            sheet.paste(picture, (left, top + (height - picture.height) // 2))
         top += height
     data.write_picture(path, sheet)
 
 
 def draw_pipeline(path, dataset, names, args, device):
-    """One row an image: photo, raw and refined CAM (of --before too), pseudo-mask, prediction (if there), ground truth."""
-    runs = {"AReAM" if args.before else "": args.out, **({"plain": args.before} if args.before else {})}
-    models = {run: refine.load_classifier(out / "cls" / "last.pt", dataset, device)[0] for run, out in sorted(runs.items())[::-1]}
+    """One row an image: photo, raw and refined CAM (of --before too), pseudo-mask, prediction (if
+    there), ground truth.
+    """
+    runs = {"": args.out} if args.before is None else {"plain": args.before, "AReAM": args.out}
+    models = {}
+    for run, out in runs.items():
+        models[run], _ = refine.load_classifier(out / "cls" / "last.pt", dataset, device)
     predicted = args.out / "pred" / args.split
     has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
     rows = []
@@ -259,7 +290,8 @@ def draw_pipeline(path, dataset, names, args, device):
         row["photo"] = photo
         for run, model in models.items():
             variants = {"raw": (), "refined": tuple(range(len(model.blocks)))}
-            cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps, precision=args.precision)
+            cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta,
+                                    args.steps, precision=args.precision)
             row.setdefault("raw CAM", heat(photo, cams["raw"].amax(0)))
             row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
         row["pseudo-mask"] = paint(refine.pseudo_mask(shrunk, class_ids, cams["refined"]).cpu())
@@ -272,19 +304,26 @@ def draw_pipeline(path, dataset, names, args, device):
 
 
 def draw_worst(dataset, folder, each, count, path):
-    """The count images of the lowest mIoU (each: name -> mIoU): photo, mask of the folder, ground truth."""
+    """The count images of the lowest mIoU (each: name -> mIoU): photo, mask of the folder, ground
+    truth.
+    """
     worst = sorted((score, name) for name, score in each.items() if score == score)[:count]
-    rows = [[np.asarray(dataset.image(name)), paint(data.read_mask(folder / f"{name}.png")), paint(dataset.mask(name))]
-            for _, name in worst]
+    rows = []
+    for _, name in worst:
+        mask = data.read_mask(folder / f"{name}.png")
+        rows.append([np.asarray(dataset.image(name)), paint(mask), paint(dataset.mask(name))])
     contact_sheet(path, ["photo", "mask", "ground truth"], rows)
-    print(f"{path}: the worst are {', '.join(f'{name} ({100 * score:.0f})' for score, name in worst)}")
+    print(f"{path}: the worst are "
+          f"{', '.join(f'{name} ({100 * score:.0f})' for score, name in worst)}")
 
 
 def draw_chart(draw, corner, size, title, series, level=None):
-    """A line chart over layers: corner (x, y) and size (w, h) in pixels, series: name -> values, level: dotted lines."""
+    """A line chart over layers: corner (x, y) and size (w, h) in pixels, series: name -> values,
+    level: dotted lines.
+    """
     (x, y), (w, h) = corner, size
     left, top, right, bottom = x + 42, y + 20, x + w - 10, y + h - 34
-    values = [v for line in (*series.values(), *([v] for v in (level or {}).values())) for v in line]
+    values = [v for line in series.values() for v in line] + list((level or {}).values())
     low, high = min(values), max(values)
     low, high = low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9)
     depth = max(len(line) for line in series.values())
@@ -307,7 +346,8 @@ def draw_chart(draw, corner, size, title, series, level=None):
 
 
 def draw_layers(path, model, dataset, records, args, device):
-    """layers.png: four charts over the layers, the first image's affinities, its CAM refined by single layers.
+    """layers.png: four charts over the layers, the first image's affinities, its CAM refined by
+    single layers.
 
     records: name -> what layers.json holds, one or two of them. The pictures are of model.
     """
@@ -315,10 +355,13 @@ def draw_layers(path, model, dataset, records, args, device):
     chosen = sorted({round(l) for l in np.linspace(0, depth - 1, min(6, depth))})
     image = Image.new("RGB", (cell * 8, 250 + 2 * (cell + 16)), "white")
     draw = ImageDraw.Draw(image)
-    alone = {name: [r["table"][f"layer {l}"]["fixed"] for l in range(depth)] for name, r in records.items()}
+    alone = {}
+    for name, record in records.items():
+        alone[name] = [record["table"][f"layer {l}"]["fixed"] for l in range(depth)]
     together = {name: r["table"]["all layers"]["fixed"] for name, r in records.items()}
     charts = [(f"seed mIoU (%) at {FIXED_THRESHOLD}, one layer (dotted: all)", alone, together)]
-    for title, key in (("distance between affinity rows", "distance"), ("entropy of the refined CAM (bits)", "entropy"),
+    for title, key in (("distance between affinity rows", "distance"), ("entropy of the refined "
+                                                                        "CAM (bits)", "entropy"),
                        ("attention on the top 5 % of patches", "top")):
         charts.append((title, {name: r["state"][key] for name, r in records.items()}, None))
     for i, chart in enumerate(charts):
@@ -329,8 +372,9 @@ def draw_layers(path, model, dataset, records, args, device):
     pixels = TF.pil_to_tensor(dataset.image(name))
     photo = pixels.permute(1, 2, 0).numpy()
     variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
-    cams = refine.seed_cams(model, data.shrink(pixels, args.max_side).to(device), dataset.labels(name), variants,
-                            observe=seen.append, precision=args.precision)
+    shrunk = data.shrink(pixels, args.max_side).to(device)
+    cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants, observe=seen.append,
+                            precision=args.precision)
     P = seen[0].cam[0, 0].numel()
     rows = [[("photo", photo)], [("ground truth", paint(dataset.mask(name)))]]
     for l in chosen:
@@ -338,7 +382,8 @@ def draw_layers(path, model, dataset, records, args, device):
         grey = (255 * (block / block.max()).sqrt()).numpy().astype(np.uint8)
         rows[0].append((f"affinity, layer {l}", np.stack([grey] * 3, -1)))
     for variant, cam in cams.items():
-        rows[1].append((variant if variant == "unrefined" else f"refined by {variant}", heat(photo, cam.amax(0))))
+        caption = variant if variant == "unrefined" else f"refined by {variant}"
+        rows[1].append((caption, heat(photo, cam.amax(0))))
     for y, row in enumerate(rows):
         for x, (title, picture) in enumerate(row):
             draw.text((cell * x + 4, 250 + y * (cell + 16)), title, fill="black")
@@ -346,9 +391,9 @@ def draw_layers(path, model, dataset, records, args, device):
     data.write_picture(path, image)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Tables
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def print_table(header, rows):
     """Rows of cells in Markdown."""
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
@@ -360,23 +405,30 @@ def print_classes(dataset, result):
     print(f"  {'class':<14} {'IoU':>6} {'prec.':>6} {'recall':>6}")
     for i, name in enumerate(("background", *dataset.classes)):
         if not result["iou"][i].isnan():
-            print(f"  {name:<14} " + " ".join(f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")))
+            cells = [f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")]
+            print(f"  {name:<14} " + " ".join(cells))
 
 
 def print_layers(table, state, deep_from):
-    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  {'entropy':>7} {'distance':>8} "
+    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  "
+          f"{'entropy':>7} {'distance':>8} "
           f"{'top 5 %':>7}  {'w_hat':>5}")
     for name, row in table.items():
-        line = f"  {name:<16} {row['fixed']:7.1f} {row['best']:7.1f}  {row['best_threshold']:<10.2f}"
+        best = f"{row['best']:7.1f}  {row['best_threshold']:<10.2f}"
+        line = f"  {name:<16} {row['fixed']:7.1f} {best}"
         if name.startswith("layer "):
-            entropy, distance, top, w_hat = (state[key][int(name[6:])] for key in ("entropy", "distance", "top", "w_hat"))
+            l = int(name.removeprefix("layer "))
+            entropy, distance, top, w_hat = (
+                state[key][l] for key in ("entropy", "distance", "top", "w_hat"))
             line += f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %  {w_hat:5.2f}"
         print(line)
     fixed, best = (rank_correlation(table, state, threshold) for threshold in ("fixed", "best"))
     print(f"  * chosen with pixel labels: an upper bound, not a result from image labels\n"
           f"  mean counterpart weight w_hat: {np.mean(state['w_hat']):.2f} over all layers, "
-          f"{np.mean(state['w_hat'][deep_from:]):.2f} over the deep ones (with uniform weights: 1)\n"
-          f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at {FIXED_THRESHOLD}, {best:+.2f} at the best "
+          f"{np.mean(state['w_hat'][deep_from:]):.2f} over the deep ones (with uniform weights: "
+          f"1)\n"
+          f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at "
+          f"{FIXED_THRESHOLD}, {best:+.2f} at the best "
           f"thresholds")
 
 
@@ -387,58 +439,77 @@ def spread(values, form=".1f"):
 
 
 def seed_cell(runs, column):
-    """Seed mIoU of runs (records of --what layers) at the fixed threshold, in brackets the mean of the best ones."""
+    """Seed mIoU of runs (records of --what layers) at the fixed threshold, in brackets the mean of
+    the best ones.
+    """
     rows = [run["table"][column] for run in runs]
-    return f"{spread([row['fixed'] for row in rows])} ({np.mean([row['best'] for row in rows]):.1f})"
+    best = np.mean([row["best"] for row in rows])
+    return f"{spread([row['fixed'] for row in rows])} ({best:.1f})"
 
 
 def study_columns(runs, reference):
-    """column -> cell of one row of a study: its runs, and those of the row that they are paired with, by seed."""
+    """column -> cell of one row of a study: its runs, and those of the row that they are paired
+    with, by seed.
+    """
     cells = {"seeds": str(len(runs))}
     if all("map" in run for run in runs):
         cells["class mAP"] = spread([run["map"] for run in runs])
     if all("table" in run for run in runs):
-        for column in ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers"):
+        for column in ("patch map alone", "unrefined", "shallow layers", "deep layers", "all "
+                                                                                        "layers"):
             cells[column] = seed_cell(runs, column)
-        cells["entropy ~ mIoU"] = spread([rank_correlation(run["table"], run["state"], "fixed") for run in runs], "+.2f")
-        if pairs := [(run, other) for run in runs for other in reference if run["seed"] == other["seed"] and run is not other]:
-            gains = [run["table"]["all layers"]["fixed"] - other["table"]["all layers"]["fixed"] for run, other in pairs]
-            error = f" ± {np.std(gains, ddof=1) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else ""
-            cells["gain, paired"] = f"{np.mean(gains):+.1f}{error}"
-    for column, what, key in (("labelled pixels", "pseudo", "labelled"), ("all pixels", "pseudo", "all"),
-                              ("undecided", "pseudo", "undecided"), ("DeepLab, val", "pred", "miou")):
+        correlations = [rank_correlation(run["table"], run["state"], "fixed") for run in runs]
+        cells["entropy ~ mIoU"] = spread(correlations, "+.2f")
+        before = {run["seed"]: run["table"]["all layers"]["fixed"] for run in reference}
+        gains = [run["table"]["all layers"]["fixed"] - before[run["seed"]]
+                 for run in runs if run["seed"] in before and run not in reference]
+        if gains:
+            cells["gain, paired"] = f"{np.mean(gains):+.1f}"
+        if len(gains) > 1:
+            cells["gain, paired"] += f" ± {np.std(gains, ddof=1) / math.sqrt(len(gains)):.1f}"
+    for column, what, key in (
+            ("labelled pixels", "pseudo", "labelled"), ("all pixels", "pseudo", "all"),
+            ("undecided", "pseudo", "undecided"), ("DeepLab, val", "pred", "miou")):
         if all(what in run for run in runs):
             cells[column] = spread([run[what][key] for run in runs])
     return cells
 
 
+SETTINGS = ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augment", "precision",
+            "reactivation", "entropy", "coupling", "deep_from", "affinity_weight", "labels")
+
+
 def gather(folder, path):
-    """Collect what the runs <folder>/<question>/<row>/<seed> were scored with into the records file path."""
+    """Collect what the runs <folder>/<question>/<row>/<seed> were scored with into the records
+    file path.
+    """
     records = []
-    for run in sorted({f.parent for kind in ("layers", "results") for f in folder.glob(f"*/*/*/{kind}.json")}):
+    for run in sorted({file.parent for file in folder.glob("*/*/*/results.json")}):
         settings = data.read_json(run / "cls" / "args.json", "repeat the study")
-        record = {"row": "/".join(run.parts[-3:-1]), "seed": run.name, "settings": {
-            key: settings.get(key) for key in (
-                "preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augment", "precision", "reactivation", "entropy",
-                "coupling", "deep_from", "affinity_weight", "labels")}}
-        if maps := [line["val_class_mAP"] for line in data.read_log(run / "cls") if "val_class_mAP" in line]:
-            record["map"] = maps[-1]
+        record = {"row": "/".join(run.parts[-3:-1]), "seed": run.name,
+                  "settings": {key: settings.get(key) for key in SETTINGS}}
+        for line in data.read_log(run / "cls"):
+            if "val_class_mAP" in line:
+                record["map"] = line["val_class_mAP"]
         if (run / "layers.json").is_file():
             record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
-        for result in data.read_json(run / "results.json", "repeat the study") if (run / "results.json").is_file() else []:
+        for result in data.read_json(run / "results.json", "repeat the study"):
             if result["what"] in ("pseudo", "pred"):
                 record[result["what"]] = result
         records.append(record)
     if not records:
-        raise FileNotFoundError(f"no scored <question>/<row>/<seed> under {folder}: results/toy.sh and results/voc.sh make them")
+        raise FileNotFoundError(f"no scored <question>/<row>/<seed> under {folder}: "
+                                f"results/toy.sh and results/voc.sh make them")
     data.write_json(path, records)
 
 
 def print_study(path):
-    """One table a question: rows, their columns as mean ± standard deviation over seeds, in percent.
+    """One table a question: rows, their columns as mean ± standard deviation over seeds, in
+    percent.
 
-    Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels). "entropy ~ mIoU":
-    rank_correlation. "gain, paired": of all layers over the question's first row, seed by seed, ± standard error.
+    Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
+    "entropy ~ mIoU": rank_correlation. "gain, paired": of all layers over the question's first
+    row, seed by seed, ± standard error.
     """
     records = data.read_json(path, "make it with  results/toy.sh  or  results/voc.sh")
     questions = {}
@@ -450,12 +521,13 @@ def print_study(path):
         cells = {row: study_columns(runs, reference) for row, runs in rows.items()}
         header = list(dict.fromkeys(column for row in cells.values() for column in row))
         print(f"\n**{question}**\n")
-        print_table([question, *header], [[row, *(own.get(column, "") for column in header)] for row, own in cells.items()])
+        table = [[row, *(own.get(column, "") for column in header)] for row, own in cells.items()]
+        print_table([question, *header], table)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # One function for each --what: dataset, args, device -> its record
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def title(args, dataset):
     return f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
 
@@ -469,11 +541,14 @@ def need_masks(args, dataset, folder, suffix, settings, command):
 
 
 def score_cams(dataset, args, device):
-    need_masks(args, dataset, args.out / "cam", ".npz", args.out / "cam" / "args.json", f"refine.py --split {args.split}")
-    counts = evaluate_cams(dataset, args.out / "cam")
+    folder = args.out / "cam"
+    command = f"refine.py --split {args.split}"
+    need_masks(args, dataset, folder, ".npz", folder / "args.json", command)
+    counts = evaluate_cams(dataset, folder)
     record = summarise(counts)
     record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
-    print(f"{title(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold {FIXED_THRESHOLD}; best {record['best']:.1f} at "
+    print(f"{title(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold "
+          f"{FIXED_THRESHOLD}; best {record['best']:.1f} at "
           f"{record['best_threshold']:.2f}, chosen with pixel labels")
     print_classes(dataset, scores(curve(counts)[FIXED]))
     return record
@@ -481,16 +556,19 @@ def score_cams(dataset, args, device):
 
 def score_pseudo_masks(dataset, args, device):
     folder = args.out / "pseudo"
-    need_masks(args, dataset, folder, ".png", folder / "args.json", f"refine.py --split {args.split}")
+    need_masks(args, dataset, folder, ".png", folder / "args.json", f"refine.py --split "
+                                                                    f"{args.split}")
     confusion, unlabelled, each = evaluate_masks(dataset, folder, pseudo=True)
     labelled, every = scores(confusion), scores(confusion, unlabelled)
     undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
-    print(f"{title(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, {100 * every['miou']:.1f} over all "
+    print(f"{title(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, "
+          f"{100 * every['miou']:.1f} over all "
           f"({100 * undecided:.1f} % undecided)")
     print_classes(dataset, labelled)
     if args.worst:
         draw_worst(dataset, folder, each, args.worst, args.out / "worst.png")
-    return {"labelled": 100 * labelled["miou"], "all": 100 * every["miou"], "undecided": 100 * undecided}
+    return {"labelled": 100 * labelled["miou"], "all": 100 * every["miou"],
+            "undecided": 100 * undecided}
 
 
 def score_predictions(dataset, args, device):
@@ -507,19 +585,24 @@ def score_predictions(dataset, args, device):
 
 
 def score_layers(dataset, args, device):
-    model, config = refine.load_classifier(args.out / "cls" / "last.pt", dataset, device, data.same_data(args))
+    classifier = args.out / "cls" / "last.pt"
+    model, config = refine.load_classifier(classifier, dataset, device, data.same_data(args))
     deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
     table, state = evaluate_layers(dataset, model, deep_from, args, device)
     print(f"{title(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
     print_layers(table, state, deep_from)
 
-    record = {"scales": args.scales, "beta": args.beta, "steps": args.steps, "table": table, "state": state}
+    record = {"scales": args.scales, "beta": args.beta, "steps": args.steps, "table": table,
+              "state": state}
     records = {"/".join(args.out.resolve().parts[-2:]): record}
     if args.before:
-        before = data.read_json(args.before / "layers.json", f"python evaluate.py {data.same_data(args)} --what layers --out "
+        before = data.read_json(args.before / "layers.json", f"python evaluate.py "
+                                                             f"{data.same_data(args)} --what "
+                                                             f"layers --out "
                                                              f"{data.quoted(args.before)}")
         if len(before["state"]["entropy"]) != len(model.blocks):
-            raise ValueError(f"{args.before / 'layers.json'} is of a model with another number of layers")
+            raise ValueError(f"{args.before / 'layers.json'} is of a model with another number of "
+                             f"layers")
         records = {"/".join(args.before.resolve().parts[-2:]): before, **records}
     draw_layers(args.out / "layers.png", model, dataset, records, args, device)
     return record
@@ -530,42 +613,53 @@ def draw_pictures(dataset, args, device):
 
 
 def pack_submission(dataset, args, device):
-    """The predictions of a split in the layout of the VOC evaluation server, every id, size and value checked."""
+    """The predictions of a split in the layout of the VOC evaluation server, every id, size and
+    value checked.
+    """
     folder, C = args.out / "pred" / args.split, len(dataset.classes)
     need_masks(args, dataset, folder, ".png", args.out / "seg" / "args.json",
                f"train_seg.py --resume --predict-split {args.split} <its other settings>")
     for name in dataset.ids:
         mask = data.read_mask(folder / f"{name}.png", C, dataset.image(name).size[::-1])
         if (mask == data.IGNORE).any():
-            raise ValueError(f"{folder / name}.png holds {data.IGNORE}: the server takes 0..{C} alone")
-    archive = args.out / f"comp6_{args.split}_cls.tgz"
+            raise ValueError(f"{folder / name}.png holds {data.IGNORE}: the server takes 0..{C} "
+                             f"alone")
+    challenge = f"comp6_{args.split}_cls"
+    archive = args.out / f"{challenge}.tgz"
     with data.replacing(archive) as temporary, tarfile.open(temporary, "w:gz") as tar:
         for name in dataset.ids:
-            tar.add(folder / f"{name}.png", f"results/VOC2012/Segmentation/comp6_{args.split}_cls/{name}.png")
+            tar.add(folder / f"{name}.png", f"results/VOC2012/Segmentation/{challenge}/{name}.png")
     print(f"{archive}: {len(dataset.ids)} masks of {args.split}, checked")
 
 
 def show_demo(dataset, args, device):
-    """The demonstration's table and pictures, from two finished runs: --before (plain) and --out (AReAM)."""
+    """The demonstration's table and pictures, from two finished runs: --before (plain) and --out
+    (AReAM).
+    """
     def last(out, what):
         remedy = f"python evaluate.py {data.same_data(args)} --what {what} --out {data.quoted(out)}"
         found = [r for r in data.read_json(out / "results.json", remedy) if r["what"] == what]
         if not found:
-            raise ValueError(f"{out / 'results.json'} has no record of {what}: make it with  {remedy}")
+            raise ValueError(f"{out / 'results.json'} has no record of {what}: make it with  "
+                             f"{remedy}")
         return found[-1]
 
     runs = [[last(out, "layers")] for out in (args.before, args.out)]
     rows = [[f"CAM, {name}", *(seed_cell(run, name) for run in runs)]
             for name in ("unrefined", "shallow layers", "deep layers", "all layers")]
-    rows.append(["pseudo-masks, labelled pixels", "", f"{last(args.out, 'pseudo')['labelled']:.1f}"])
-    rows.append(["DeepLab, val", "", f"{last(args.out, 'pred')['miou']:.1f}"])
-    print_table([f"mIoU (%) on {args.data}, at {FIXED_THRESHOLD} (best*)", "plain classifier", "after AReAM"], rows)
+    pseudo, pred = last(args.out, "pseudo"), last(args.out, "pred")
+    rows.append(["pseudo-masks, labelled pixels", "", f"{pseudo['labelled']:.1f}"])
+    rows.append(["DeepLab, val", "", f"{pred['miou']:.1f}"])
+    print_table([f"mIoU (%) on {args.data}, at {FIXED_THRESHOLD} (best*)", "plain classifier",
+                 "after AReAM"], rows)
     print("* threshold chosen with pixel labels: an upper bound, not a result from image labels")
     draw_pipeline(args.out / "demo.png", dataset, dataset.ids[:args.images], args, device)
 
 
-WHAT = {"cam": score_cams, "pseudo": score_pseudo_masks, "pred": score_predictions, "layers": score_layers,
-        "pictures": draw_pictures, "demo": show_demo, "submission": pack_submission, "study": None}
+WHAT = {"cam": score_cams, "pseudo": score_pseudo_masks, "pred": score_predictions,
+        "layers": score_layers, "pictures": draw_pictures, "demo": show_demo,
+        "submission": pack_submission, "study": None}
+OTHER_SPLITS = {"pred": "val", "pictures": "val", "demo": "val", "submission": "test"}
 
 
 def parse_args(argv=None):
@@ -573,18 +667,24 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--what", required=True, choices=WHAT)
     add("--split", help="default val for pred, pictures and demo, test for submission, else train")
-    add("--before", type=Path, metavar="OUT", help="the --out of the plain classifier, for layers, pictures and demo")
-    add("--records", type=Path, metavar="JSON", help="for study: gather the runs under --out in this file, and print it")
-    add("--worst", type=int, default=0, metavar="N", help="for pseudo and pred: also draw the N worst images")
-    add("--images", type=int, default=8, metavar="N", help="how many images pictures and demo show (default 8)")
-    add("--deep-from", type=int, metavar="L", help="for layers: first deep layer (default: the checkpoint's)")
+    add("--before", type=Path, metavar="OUT", help="the --out of the plain classifier, for "
+                                                   "layers, pictures and demo")
+    add("--records", type=Path, metavar="JSON", help="for study: gather the runs under --out in "
+                                                     "this file, and print it")
+    add("--worst", type=int, default=0, metavar="N", help="for pseudo and pred: also draw the N "
+                                                          "worst images")
+    add("--images", type=int, default=8, metavar="N", help="how many images pictures and demo "
+                                                           "show (default 8)")
+    add("--deep-from", type=int, metavar="L", help="for layers: first deep layer (default: the "
+                                                   "checkpoint's)")
     refine.refining_arguments(parser)
     args = parser.parse_args(argv)
-    args.split = args.split or {"pred": "val", "pictures": "val", "demo": "val", "submission": "test"}.get(args.what, "train")
+    args.split = args.split or OTHER_SPLITS.get(args.what, "train")
     if args.what == "study" and args.records is None:
         parser.error("--what study needs --records, a file such as results/toy.json")
     if args.worst < 0 or args.worst and args.what not in ("pseudo", "pred"):
-        parser.error(f"--worst {args.worst} --what {args.what}: draws so many images, at least one, for --what pseudo and pred")
+        parser.error(f"--worst {args.worst} --what {args.what}: draws so many images, at least "
+                     f"one, for --what pseudo and pred")
     if args.what == "demo" and args.before is None:
         parser.error("--what demo compares two runs: name the plain one with --before OUT")
     if args.images < 1:
@@ -611,8 +711,9 @@ def main(argv=None):
     scored = WHAT[args.what](dataset, args, device)
     if scored is None:
         return
-    record = {"what": args.what, "data": args.data, "split": args.split, "images": len(dataset.ids), "precision": args.precision,
-              **scored, "seconds": round(time.time() - begin, 1)}
+    record = {"what": args.what, "data": args.data, "split": args.split,
+              "images": len(dataset.ids), "precision": args.precision, **scored,
+              "seconds": round(time.time() - begin, 1)}
     data.append_result(args.out, record)
     if args.what == "layers":  # last: a study takes the file as the sign that this run is done
         data.write_json(args.out / "layers.json", record)

@@ -1,8 +1,11 @@
 """A plain Vision Transformer with one class token per class and captured attention.
 
-    vit = model.build("deit_small", num_classes=20);  model.load_pretrained(vit, "auto");  vit(images, capture=True)
+    vit = build("deit_small", num_classes=20)
+    load_pretrained(vit, "auto")
+    vit(images, capture=True)
 
-Letters: B batch, L layers, A heads, C foreground classes (= class tokens), P = gh * gw patches, N = C + P tokens.
+Letters: B batch, L layers, A heads, C foreground classes (= class tokens), P = gh * gw patches,
+N = C + P tokens.
 """
 import re
 from pathlib import Path
@@ -27,12 +30,14 @@ DEIT_URLS = {
 
 
 class ViTOutput(NamedTuple):
-    """What ViT.forward returns. The two tuples have one entry per layer, or are empty if not captured."""
+    """What ViT.forward returns. The two tuples have one entry per layer, or are empty if not
+    captured.
+    """
 
     class_logits: torch.Tensor  # (B, C) mean over channels of each output class token
     patch_logits: torch.Tensor  # (B, C) global average of the patch map
     cam: torch.Tensor  # (B, C, gh, gw) relu(patch map) >= 0, detached
-    affinity: tuple = ()  # L x (B, N, N) mean over heads of softmax(q k^T / sqrt d), rows sum to 1, detached
+    affinity: tuple = ()  # L x (B, N, N) mean over heads of softmax(q k^T / sqrt d), detached
     affinity_logits: tuple = ()  # L x (B, N, N) mean over heads of q k^T / sqrt d, graph attached
 
 
@@ -46,30 +51,35 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, capture=False):
-        """(B, N, D) -> (B, N, D), affinity (B, N, N) or None, affinity_logits (B, N, N) or None."""
+        """(B, N, D) -> (B, N, D), affinity (B, N, N) or None, affinity_logits (B, N, N) or None.
+        """
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, A, N, d)
         scale = (D // self.heads) ** -0.5
         affinity = logits = None
         if capture in (True, "affinity"):
-            # Only the mean over heads leaves this block, so memory grows with L * N^2, not with L * A * N^2.
+            # Only the mean over heads leaves this block, so memory grows with L * N^2, not with L
+            # * A * N^2.
             with torch.no_grad():
                 prob = ((q @ k.transpose(-2, -1)) * scale).float().softmax(-1)  # (B, A, N, N)
                 affinity = prob.mean(1)  # (B, N, N)
         if capture in (True, "logits"):
-            # The mean over heads of q_h k_h^T is one product over all channels: no tensor with a head dimension.
+            # The mean over heads of q_h k_h^T is one product over all channels: no tensor with a
+            # head dimension.
             q_all, k_all = qkv[:, :, 0].flatten(2), qkv[:, :, 1].flatten(2)  # (B, N, D)
             logits = (q_all @ k_all.transpose(-2, -1)).float() * (scale / self.heads)
         if affinity is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            attended = prob.to(v.dtype) @ v  # prob is at hand; a GPU's fused attention is cheaper than reading it again
+            attended = prob.to(v.dtype) @ v  # at hand; on a GPU fused attention is cheaper
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).reshape(B, N, D)), affinity, logits
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and a two-layer MLP (submodule names are those of DeiT's files)."""
+    """Pre-norm transformer block: attention and a two-layer MLP (submodule names are those of
+    DeiT's files).
+    """
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -119,8 +129,9 @@ class ViT(nn.Module):
     def reset_parameters(self):
         """Truncated normals of std 0.02, zero biases, and W_q = W_k in every block.
 
-        With independent W_q and W_k attention starts unrelated to content, and a ViT trained from scratch on little
-        data never makes an affinity of it ("mimetic" initialisation). Pretrained weights overwrite all of this.
+        With independent W_q and W_k attention starts unrelated to content, and a ViT trained from
+        scratch on little data never makes an affinity of it ("mimetic" initialisation). Pretrained
+        weights overwrite all of this.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -140,40 +151,50 @@ class ViT(nn.Module):
             block.drop_path.p = rate * i / max(1, len(self.blocks) - 1)
 
     def flops(self, grid):
-        """Floating-point operations of one image's forward pass, matrix products only, for a (gh, gw) of patches."""
+        """Floating-point operations of one image's forward pass, matrix products only, for a (gh,
+        gw) of patches.
+        """
         P, D, C = grid[0] * grid[1], self.dim, self.num_classes
-        block = 24 * (C + P) * D**2 + 4 * (C + P)**2 * D  # qkv, projection and MLP; both products of attention
+        block = 24 * (C + P) * D**2 + 4 * (C + P)**2 * D  # qkv, projection, MLP; attention
         return len(self.blocks) * block + 2 * P * D * (3 * self.patch**2 + 9 * C)
 
     def position_embedding(self, grid):
-        """The patch position embedding for an explicit (gh, gw), resized bicubically -> (1, gh * gw, D)."""
+        """The patch position embedding for an explicit (gh, gw), resized bicubically -> (1, gh *
+        gw, D).
+        """
         return resize_position_embedding(self.patch_pos_embed, self.grid, grid)
 
     def tokens(self, images, capture=False):
-        """The block stack: (B, 3, H, W) -> tokens (B, N, D), (gh, gw), affinity tuple, affinity_logits tuple."""
+        """The block stack: (B, 3, H, W) -> tokens (B, N, D), (gh, gw), affinity tuple,
+        affinity_logits tuple.
+        """
         B, _, H, W = images.shape
         if H % self.patch or W % self.patch or not (H and W):
-            raise ValueError(f"image size {H} x {W} is not a multiple of the patch size {self.patch}; pad it first")
+            raise ValueError(f"image size {H} x {W} is not a multiple of the patch size "
+                             f"{self.patch}; pad it first")
         if capture not in (False, True, "affinity", "logits"):
             raise ValueError(f"capture={capture!r}: use False, True, 'affinity' or 'logits'")
         grid = (H // self.patch, W // self.patch)
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.position_embedding(grid)  # (B, P, D)
-        x = torch.cat([(self.class_tokens + self.class_pos_embed).expand(B, -1, -1), patches], dim=1)  # (B, N, D)
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, P, D)
+        patches = patches + self.position_embedding(grid)
+        class_tokens = (self.class_tokens + self.class_pos_embed).expand(B, -1, -1)
+        x = torch.cat([class_tokens, patches], dim=1)  # (B, N, D)
+
         affinities, logits = [], []
         for block in self.blocks:
             x, affinity, affinity_logits = block(x, capture)
             affinities.append(affinity)
             logits.append(affinity_logits)
-        affinities, logits = (tuple(m for m in maps if m is not None) for maps in (affinities, logits))
-        return x, grid, affinities, logits
+        affinities = tuple(a for a in affinities if a is not None)
+        return x, grid, affinities, tuple(a for a in logits if a is not None)
 
     def forward(self, images, capture=False):
         """Classify, and localise.
 
-        images: (B, 3, H, W), ImageNet-normalised, H and W multiples of the patch size.
-        capture: True keeps both maps of every layer, "affinity" or "logits" only that one, False none (and then
-            the fused attention of torch is used throughout).
-        Returns ViTOutput. Raises ValueError on a size that is not a multiple of the patch.
+        images: (B, 3, H, W), ImageNet-normalised, H and W multiples of the patch size. capture:
+        True keeps both maps of every layer, "affinity" or "logits" only that one, False none (and
+        then the fused attention of torch is used throughout). Returns ViTOutput. Raises ValueError
+        on a size that is not a multiple of the patch.
         """
         x, grid, affinity, logits = self.tokens(images, capture)
         class_tokens, patch_tokens = x.split([self.num_classes, grid[0] * grid[1]], dim=1)
@@ -188,26 +209,31 @@ class ViT(nn.Module):
 
 
 def resize_position_embedding(embedding, old, new):
-    """(1, P, D) for a grid old = (gh, gw) of patches -> the same for a grid new, by bicubic interpolation.
+    """(1, P, D) for a grid old = (gh, gw) of patches -> the same for a grid new, by bicubic
+    interpolation.
 
-    Bicubic interpolation is linear and separable: one matrix a side. Unlike F.interpolate's, its gradient is
-    deterministic on CUDA.
+    Bicubic interpolation is linear and separable: one matrix a side. Unlike F.interpolate's, its
+    gradient is deterministic on CUDA.
     """
     if tuple(old) == tuple(new):
         return embedding
-    rows, columns = (
-        F.interpolate(torch.eye(n, device=embedding.device)[None, None], size=(m, n), mode="bicubic")[0, 0]  # (m, n)
-        for n, m in zip(old, new))
-    resized = torch.einsum("yh,xw,bhwd->byxd", rows, columns, embedding.float().unflatten(1, tuple(old)))
+    def matrix(n, m):  # (m, n)
+        identity = torch.eye(n, device=embedding.device)[None, None]
+        return F.interpolate(identity, size=(m, n), mode="bicubic")[0, 0]
+
+    rows, columns = matrix(old[0], new[0]), matrix(old[1], new[1])
+    grid = embedding.float().unflatten(1, tuple(old))
+    resized = torch.einsum("yh,xw,bhwd->byxd", rows, columns, grid)
     return resized.flatten(1, 2).to(embedding.dtype)
 
 
 def build(preset, num_classes, *, depth=None, image_size=None):
     """Make an untrained ViT.
 
-    preset: a name in PRESETS. num_classes: C >= 1. depth: use the first blocks only (the paper studies 6, 8, 10 and
-    12). image_size: pixels a side of the stored position embedding (any other size is reached by resizing it).
-    Raises ValueError on an unknown preset, a depth the preset does not have or a size off the patch grid.
+    preset: a name in PRESETS. num_classes: C >= 1. depth: use the first blocks only (the paper
+    studies 6, 8, 10 and 12). image_size: pixels a side of the stored position embedding (any other
+    size is reached by resizing it). Raises ValueError on an unknown preset, a depth the preset
+    does not have or a size off the patch grid.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -220,7 +246,8 @@ def build(preset, num_classes, *, depth=None, image_size=None):
         config["depth"] = depth
     if image_size is not None:
         if image_size < config["patch"] or image_size % config["patch"]:
-            raise ValueError(f"image size {image_size} is not a multiple of the patch size {config['patch']}")
+            raise ValueError(f"image size {image_size} is not a multiple of the patch size "
+                             f"{config['patch']}")
         config["image_size"] = image_size
     vit = ViT(num_classes, **config)
     vit.preset = preset
@@ -230,26 +257,34 @@ def build(preset, num_classes, *, depth=None, image_size=None):
 def load_pretrained(model, source):
     """Load ImageNet-1k DeiT weights into a ViT, in place.
 
-    source: a path, "auto" (downloads the public DeiT file into torch.hub's folder) or a state dict; plain or under the
-    key "model" or "state_dict", with or without the prefix "module.", float16 or float32. The 1000-class head and the
-    final LayerNorm are dropped, blocks beyond the model's depth too, the class token and its position embedding are
-    copied to all C class tokens; every other key must be there with its shape. The patch head keeps its fresh values.
-    Raises FileNotFoundError (no such file, no connection) and ValueError (weights of another architecture).
+    source: a path, "auto" (downloads the public DeiT file into torch.hub's folder) or a state
+    dict; plain or under the key "model" or "state_dict", with or without the prefix "module.",
+    float16 or float32. The 1000-class head and the final LayerNorm are dropped, blocks beyond the
+    model's depth too, the class token and its position embedding are copied to all C class tokens;
+    every other key must be there with its shape. The patch head keeps its fresh values. Raises
+    FileNotFoundError (no such file, no connection) and ValueError (weights of another
+    architecture).
     """
-    found, name = (source, "the given state dict") if isinstance(source, dict) else (read_weights(source, model.preset), source)
+    if isinstance(source, dict):
+        found, name = source, "the given state dict"
+    else:
+        found, name = read_weights(source, model.preset), source
     for key in ("model", "state_dict"):
         found = found.get(key, found)
     found = {key.removeprefix("module."): value for key, value in found.items()}
     own = model.state_dict()
     remedy = "give the DeiT file of that size, another --preset, or --pretrained none"
     if "dist_token" in found:
-        raise ValueError(f"{name} is a distilled DeiT (it has a dist_token), which has one token more: give the plain file")
+        raise ValueError(f"{name} is a distilled DeiT (it has a dist_token), which has one token "
+                         f"more: give the plain file")
 
     weights = {"head.weight": own["head.weight"], "head.bias": own["head.bias"]}
     for key in [key for key in own if key not in weights]:
-        deit = {"class_tokens": "cls_token", "class_pos_embed": "pos_embed", "patch_pos_embed": "pos_embed"}.get(key, key)
+        deit = {"class_tokens": "cls_token", "class_pos_embed": "pos_embed",
+                "patch_pos_embed": "pos_embed"}.get(key, key)
         if deit not in found:
-            raise ValueError(f"{name} does not hold weights for {model.preset}: it has no {deit!r} (its first keys: "
+            raise ValueError(f"{name} does not hold weights for {model.preset}: it has no "
+                             f"{deit!r} (its first keys: "
                              f"{', '.join(list(found)[:3])}); {remedy}")
         value = found[deit]
         if key == "class_pos_embed":
@@ -260,34 +295,42 @@ def load_pretrained(model, source):
         if key.startswith("class_"):
             value = value.expand(-1, model.num_classes, -1)
         if value.shape != own[key].shape:
-            raise ValueError(f"{name} does not hold weights for {model.preset}: {deit!r} is {tuple(found[deit].shape)}, "
+            raise ValueError(f"{name} does not hold weights for {model.preset}: {deit!r} is "
+                             f"{tuple(found[deit].shape)}, "
                              f"which does not make {tuple(own[key].shape)}; {remedy}")
         weights[key] = value.to(own[key].dtype)
     model.load_state_dict(weights)
 
 
 def read_weights(source, preset):
-    """The state dict in a file, or of "auto" the public one of the preset, read without running any code in it."""
+    """The state dict in a file, or of "auto" the public one of the preset, read without running
+    any code in it.
+    """
     if source == "auto":
         if preset not in DEIT_URLS:
-            raise ValueError(f"there are no public weights for preset {preset!r}: use --pretrained none or a path")
+            raise ValueError(f"there are no public weights for preset {preset!r}: use "
+                             f"--pretrained none or a path")
         try:
             return torch.hub.load_state_dict_from_url(
                 DEIT_URLS[preset], map_location="cpu", check_hash=True, weights_only=True)
         except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
             raise FileNotFoundError(
-                f"could not download {DEIT_URLS[preset]} ({error}); fetch it elsewhere and give its path with "
+                f"could not download {DEIT_URLS[preset]} ({error}); fetch it elsewhere and give "
+                f"its path with "
                 f"--pretrained PATH, or start from scratch with --pretrained none") from error
     if not Path(source).is_file():
-        raise FileNotFoundError(f"no weights at {source}: give a DeiT .pth file, 'auto' or 'none' with --pretrained")
+        raise FileNotFoundError(f"no weights at {source}: give a DeiT .pth file, 'auto' or 'none' "
+                                f"with --pretrained")
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors alike
         reason = " ".join(str(error).split())[:200]
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(f"{source} wants to run code ({code[1]}), which is refused: load it where you trust it, and save "
+            raise ValueError(f"{source} wants to run code ({code[1]}), which is refused: load it "
+                             f"where you trust it, and save "
                              f"its dict of weights alone") from error
-        raise ValueError(f"{source} is not a readable weights file ({type(error).__name__}: {reason})") from error
+        raise ValueError(f"{source} is not a readable weights file ({type(error).__name__}: "
+                         f"{reason})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{source} holds a {type(found).__name__}, not a dict of weights")
     return found

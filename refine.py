@@ -1,11 +1,12 @@
 """Stage 2: CAM -> class-to-patch product -> affinity / random walk -> PAR -> pseudo-masks.
 
-Reads  <out>/cls/last.pt and the images of a split, with their image labels; or any photographs (--photos).
-Writes <out>/cam/<image>.npz (the refined seed) and <out>/pseudo/<image>.png (0 background, 1..C, 255 undecided);
-       of photographs <out>/photos/<name>.cam.png (the pseudo-mask) and .cam.jpg (the CAM over the photograph).
+Reads  <out>/cls/last.pt and the images of a split, with their image labels; or any --photos.
+Writes <out>/cam/<image>.npz (the refined seed) and <out>/pseudo/<image>.png (0 background, 1..C,
+       255 undecided); of photographs <out>/photos/<name>.cam.png (the mask) and .cam.jpg (the CAM).
 Run    python refine.py --data VOC2012                      (after train_cls.py)
 Expect on one CPU core, DeiT-Tiny, VOC at 320 px, bfloat16: EXPECT images/s.
 """
+import math
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +26,13 @@ KERNEL_SUM = 1.01  # 1 from the colours, 0.01 from the distances
 NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Pixel-adaptive refinement (PAR, from AFA, CVPR 2022)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def neighbours(padded, dilations, size):
-    """Yields the 8 neighbours of every pixel at each dilation: views of padded (..., H + 2 pad, W + 2 pad)."""
+    """Yields the 8 neighbours of every pixel at each dilation: views of padded (..., H + 2 pad, W
+    + 2 pad).
+    """
     H, W = size
     pad = max(dilations)
     for d in dilations:
@@ -39,17 +42,21 @@ def neighbours(padded, dilations, size):
 
 
 def par_kernel(images, dilations=DILATIONS):
-    """How much each pixel takes from each of its 8 * len(dilations) neighbours; depends on the image alone.
+    """How much each pixel takes from each of its 8 * len(dilations) neighbours; depends on the
+    image alone.
 
-    images (B, 3, H, W) -> (B, neighbours, H, W) float32, summing to 1.01 over the neighbours: softmax of
-    -mean over RGB of (|I_n - I| / (0.3 std_n))^2, plus 0.01 times the same softmax of the neighbours' distances.
+    images (B, 3, H, W) -> (B, neighbours, H, W) float32, summing to 1.01 over the neighbours:
+    softmax of -mean over RGB of (|I_n - I| / (0.3 std_n))^2, plus 0.01 times the same softmax of
+    the neighbours' distances.
     """
     images, size, n = images.float(), images.shape[-2:], 8 * len(dilations)
     padded = F.pad(images, [max(dilations)] * 4, mode="replicate")
 
-    # The std over the neighbours is that of the steps I_n - I, as all are shifted by I. One neighbour at a time:
+    # The std over the neighbours is that of the steps I_n - I, as all are shifted by I. One
+    # neighbour at a time:
     # all 48 at once do not fit in a CPU's cache.
-    total, squares, step = torch.zeros_like(images), torch.zeros_like(images), torch.empty_like(images)
+    total, squares = torch.zeros_like(images), torch.zeros_like(images)
+    step = torch.empty_like(images)
     for near in neighbours(padded, dilations, size):
         torch.sub(near, images, out=step)
         total.add_(step)
@@ -64,14 +71,17 @@ def par_kernel(images, dilations=DILATIONS):
     colour = colour.sub_(colour.amin(1, keepdim=True)).neg_().exp_()
     colour.div_(colour.sum(1, keepdim=True))
 
-    distance = torch.tensor([d * (2.0**0.5 if dy and dx else 1.0) for d in dilations for dy, dx in NEIGHBOURS])
+    steps = [(dy * d, dx * d) for d in dilations for dy, dx in NEIGHBOURS]
+    distance = torch.tensor([math.hypot(dy, dx) for dy, dx in steps])
     distance = -(distance / (distance.std() + 1e-8) / 0.3).square()  # (n,)
     distance = distance.softmax(0).to(images.device, non_blocking=True).view(1, -1, 1, 1)
     return colour.add_((KERNEL_SUM - 1) * distance)
 
 
 def par_iteration(score, kernel, dilations=DILATIONS):
-    """One weighted sum over the neighbours: score (B, K, H, W), kernel (B, n, H, W) -> (B, K, H, W)."""
+    """One weighted sum over the neighbours: score (B, K, H, W), kernel (B, n, H, W) -> (B, K, H,
+    W).
+    """
     padded = F.pad(score, [max(dilations)] * 4, mode="replicate")
     total = torch.zeros_like(score)
     for weight, near in zip(kernel.unbind(1), neighbours(padded, dilations, score.shape[-2:])):
@@ -81,31 +91,36 @@ def par_iteration(score, kernel, dilations=DILATIONS):
 
 @lru_cache(maxsize=1)
 def fused_iteration():
-    """par_iteration as one CUDA kernel in place of 49, which read the score again and again (TORCH_COMPILE_DISABLE=1: not)."""
+    """par_iteration as one CUDA kernel in place of 49, which read the score again and again
+    (TORCH_COMPILE_DISABLE=1: not).
+    """
     return torch.compile(par_iteration)
 
 
 def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATIONS):
     """Smooth scores along image content: iterations of the kernel-weighted sum over neighbours.
 
-    images (B, 3, H, W), any linear range; score (B, K, H, W) of the same H and W. Returns (B, K, H, W) float32; the
-    total grows by 1.01 an iteration.
+    images (B, 3, H, W), any linear range; score (B, K, H, W) of the same H and W. Returns (B, K,
+    H, W) float32; the total grows by 1.01 an iteration.
     """
     if images.shape[-2:] != score.shape[-2:]:
-        raise ValueError(f"images are {tuple(images.shape[-2:])} and scores {tuple(score.shape[-2:])} pixels: resize one")
+        raise ValueError(f"images are {tuple(images.shape[-2:])} and scores "
+                         f"{tuple(score.shape[-2:])} pixels: resize one")
     if iterations < 0:
         raise ValueError(f"PAR with {iterations} iterations: 0 (none) or more")
 
-    if images.device.type == "cpu":  # few images at a time stay in the cache, and absent classes need no work
+    # On a CPU few images at a time stay in the cache, and absent classes need no work.
+    settings = (dilations, iterations)
+    if images.device.type == "cpu":
         chunk = max(1, 2**16 // images[0, 0].numel())
         if len(images) > chunk:
             parts = zip(images.split(chunk), score.split(chunk))
-            return torch.cat([pixel_adaptive_refine(*part, dilations, iterations) for part in parts])
+            return torch.cat([pixel_adaptive_refine(*part, *settings) for part in parts])
         used = score.flatten(2).any(-1).any(0)
         if not used.all():
             refined = torch.zeros_like(score, dtype=torch.float32)
             if used.any():
-                refined[:, used] = pixel_adaptive_refine(images, score[:, used], dilations, iterations)
+                refined[:, used] = pixel_adaptive_refine(images, score[:, used], *settings)
             return refined
 
     kernel, score = par_kernel(images, dilations), score.float()
@@ -115,15 +130,16 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
     return score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Random walk
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def random_walk(score, affinity, beta=1.0, steps=1):
     """Spread a score along an affinity: T^steps score with T the row-normalised affinity^beta.
 
-    One step with beta 1 is the plain propagation of the paper, aream.propagate: its rows are not normalised (class
-    tokens take a part of each patch's attention, so the rows of a patch block sum to less than 1).
-    score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
+    One step with beta 1 is the plain propagation of the paper, aream.propagate: its rows are not
+    normalised (class tokens take a part of each patch's attention, so the rows of a patch block
+    sum to less than 1). score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw)
+    float32.
     """
     if steps < 0 or beta <= 0:
         raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
@@ -137,13 +153,15 @@ def random_walk(score, affinity, beta=1.0, steps=1):
     return score
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Pseudo-labels
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def present_classes(labels):
-    """labels (B, C) in {0, 1} -> class indices (B, K), each image's own first, and which of them are its own (B, K).
+    """labels (B, C) in {0, 1} -> class indices (B, K), each image's own first, and which of them
+    are its own (B, K).
 
-    K is the most classes that an image of the batch has (at least 1): what a batch costs does not grow with C.
+    K is the most classes that an image of the batch has (at least 1): what a batch costs does not
+    grow with C.
     """
     present, class_ids = labels.topk(max(1, int(labels.sum(1).max())), dim=1)
     return class_ids, present
@@ -152,45 +170,56 @@ def present_classes(labels):
 def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iterations=ITERATIONS):
     """Confident labels from a CAM, with a band of 255 between a low and a high background score.
 
-    images (B, 3, H, W) in [0, 1]; cam (B, K, h, w) in [0, 1], any size; class_ids, present (B, K): present_classes.
-    Returns (B, H, W) int64 in {0, 1..C, 255}: foreground where it wins against the high background score, background
-    where that wins already against the low one, 255 elsewhere. Both scores are refined together, at half size, by so
-    many iterations of PAR.
+    images (B, 3, H, W) in [0, 1]; cam (B, K, h, w) in [0, 1], any size; class_ids, present (B, K):
+    present_classes. Returns (B, H, W) int64 in {0, 1..C, 255}: foreground where it wins against
+    the high background score, background where that wins already against the low one, 255
+    elsewhere. Both scores are refined together, at half size, by so many iterations of PAR.
     """
     if not 0 <= low <= high <= 1:
         raise ValueError(f"background scores low {low}, high {high}: 0 <= low <= high <= 1")
     H, W = images.shape[-2:]
     half = (max(1, H // 2), max(1, W // 2))
-    cam = F.interpolate(cam.float(), size=half, mode="bilinear", align_corners=False)  # (B, K, h, w)
+    cam = data.bilinear(cam.float(), half)  # (B, K, h, w)
     cam = cam.masked_fill(present[..., None, None] == 0, float("-inf"))
 
     # softmax over background and classes; the classes' scores alone, for both background scores
     background = [torch.full_like(cam[:, :1], beta) for beta in (low, high)]
-    score = torch.cat([torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background], 1)  # (B, 2 K, h, w)
-    small = F.interpolate(images.float(), size=half, mode="bilinear", align_corners=False)
+    prob = [torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background]
+    score = torch.cat(prob, 1)  # (B, 2 K, h, w)
+    small = data.bilinear(images.float(), half)
     score = pixel_adaptive_refine(small, score, iterations=iterations)
-    score = F.interpolate(score, size=(H, W), mode="bilinear", align_corners=False)
+    score = data.bilinear(score, (H, W))
 
     # argmax, the background's score being what the classes leave of the total
     total = KERNEL_SUM**iterations
-    values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)  # (B, K + 1)
-    at_low, at_high = (
-        values.gather(1, torch.cat([total - s.sum(1, keepdim=True), s], 1).max(1).indices.flatten(1)).view(-1, H, W)
-        for s in score.chunk(2, 1))
+    values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)
+
+    def winner(score):
+        """(B, K, H, W) of the classes -> mask values (B, H, W)."""
+        every = torch.cat([total - score.sum(1, keepdim=True), score], 1)
+        index = every.max(1).indices  # many times faster than argmax on a CPU
+        return values.gather(1, index.flatten(1)).view(-1, H, W)
+
+    at_low, at_high = (winner(s) for s in score.chunk(2, 1))
     return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
 
 
 def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIONS):
-    """One image's pseudo-mask: pixels (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
+    """One image's pseudo-mask: pixels (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in
+    {0, 1..C, 255}.
+    """
     class_ids = torch.as_tensor(class_ids).to(cam.device, non_blocking=True)[None]
-    return pseudo_label(pixels[None].float() / 255, cam[None], class_ids, torch.ones_like(class_ids), low, high, iterations)[0]
+    images, present = pixels[None].float() / 255, torch.ones_like(class_ids)
+    return pseudo_label(images, cam[None], class_ids, present, low, high, iterations)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # CAMs of whole images
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def parse_layers(text, depth):
-    """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> tuple of layer indices; "entropy" stays what it is."""
+    """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> tuple of layer indices; "entropy"
+    stays what it is.
+    """
     if text == "entropy":
         return text
     if text in ("all", "none"):
@@ -203,20 +232,24 @@ def parse_layers(text, depth):
     except ValueError:
         layers = []
     if not layers or min(layers) < 0 or max(layers) >= depth:
-        raise ValueError(f"--layers {text!r}: use all, none, entropy or something like 0-6 or 3,7 within 0-{depth - 1}")
+        raise ValueError(f"--layers {text!r}: use all, none, entropy or something like 0-6 or 3,7 "
+                         f"within 0-{depth - 1}")
     return tuple(sorted(set(layers)))
 
 
 @torch.no_grad()
-def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1, observe=None, precision="float32"):
+def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1, observe=None,
+              precision="float32"):
     """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
 
-    pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean affinity refines (empty:
-    the class-attended CAM as it is; None: the patch map without the class tokens' attention; "entropy": all layers, each
-    with the re-activation weight 1 - e that it has in this view of the image). Every scale is seen with its mirror
-    image, padded to whole patches and cropped; the maps of all scales are added as they are, so that small scales, where
-    attention is shared by fewer patches, count more. observe: called with the ViTOutput (B = 2) of the scale nearest to 1.
-    Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
+    pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean
+    affinity refines (empty: the class-attended CAM as it is; None: the patch map without the class
+    tokens' attention; "entropy": all layers, each with the re-activation weight 1 - e that it has
+    in this view of the image). Every scale is seen with its mirror image, padded to whole patches
+    and cropped; the maps of all scales are added as they are, so that small scales, where
+    attention is shared by fewer patches, count more. observe: called with the ViTOutput (B = 2) of
+    the scale nearest to 1. Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max
+    normalised per class.
     """
     H, W = pixels.shape[-2:]
     quarter = (-(-H // 4), -(-W // 4))
@@ -241,54 +274,75 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
             elif not layers:
                 cam = attended
             elif layers == "entropy":
-                w_layers, _ = aream.reactivation_weights(aream.layer_entropy(plain, blocks, present))
-                cam = random_walk(attended, sum(w_layers[:, l, None, None] * b for l, b in enumerate(blocks)), beta, steps)
+                entropy = aream.layer_entropy(plain, blocks, present)
+                w_layers, _ = aream.reactivation_weights(entropy)
+                weighted = sum(w_layers[:, l, None, None] * block for l, block in enumerate(blocks))
+                cam = random_walk(attended, weighted, beta, steps)
             else:
-                cam = random_walk(attended, sum(blocks[l] for l in layers) / len(layers), beta, steps)
-            cam = F.interpolate(cam, size=padded.shape[-2:], mode="bilinear", align_corners=False)[..., :h, :w]
+                mean = sum(blocks[l] for l in layers) / len(layers)
+                cam = random_walk(attended, mean, beta, steps)
+            cam = data.bilinear(cam, padded.shape[-2:])[..., :h, :w]
             cam = cam[:1] + cam[1:].flip(-1)
-            total[name] = total[name] + F.interpolate(cam, size=quarter, mode="bilinear", align_corners=False)
+            total[name] = total[name] + data.bilinear(cam, quarter)
     return {name: aream.normalise_cam(cam, present[:1])[0] for name, cam in total.items()}
 
 
 def load_classifier(path, dataset, device, options=""):
-    """The stage-1 model of a checkpoint, in eval mode, and its config; dataset: what it must have been trained on."""
+    """The stage-1 model of a checkpoint, in eval mode, and its config; dataset: what it must have
+    been trained on.
+    """
     checkpoint = data.read_checkpoint(path, "cls", dataset, options)
     config = checkpoint["config"]
-    model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"], image_size=config["size"])
+    model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"],
+                      image_size=config["size"])
     model.load_state_dict(checkpoint["model"])
     return model.to(device).eval(), config
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The stage
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def refining_arguments(parser):
     add = parser.add_argument_group("CAM and random walk").add_argument
-    add("--scales", type=float, nargs="+", default=[1.0], help="of the image, each with its mirror image (default 1)")
+    add("--scales", type=float, nargs="+", default=[1.0], help="of the image, each with its "
+                                                               "mirror image (default 1)")
     add("--beta", type=float, default=1.0, help="random walk: power of the affinity (default 1)")
-    add("--steps", type=int, default=1, help="random walk: number of steps (default 1, the plain propagation)")
-    add("--max-side", type=int, default=800, metavar="PX", help="shrink larger photographs (default 800)")
+    add("--steps", type=int, default=1, help="random walk: number of steps (default 1, the plain "
+                                             "propagation)")
+    add("--max-side", type=int, default=800, metavar="PX", help="shrink larger photographs "
+                                                                "(default 800)")
 
 
 def check_refining(args):
     if min(args.scales) <= 0 or args.max_side < 16:
-        raise ValueError(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at least 16 px")
+        raise ValueError(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at "
+                         f"least 16 px")
 
 
 def parse_args(argv=None):
     parser = data.argument_parser(__doc__)
     data.resuming_arguments(parser)
     parser.add_argument("--split", help="default trainaug of VOC2012, else train")
-    parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH", help="refine these photographs (files, folders) instead")
-    parser.add_argument("--labels", metavar="A,B", help="for --photos: the classes they show (default: what the classifier believes)")
-    parser.add_argument("--profile", type=data.profile_steps, metavar="N", help="time N images and write nothing")
+    parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH", help="refine these "
+                                                                               "photographs "
+                                                                               "(files, folders) "
+                                                                               "instead")
+    parser.add_argument("--labels", metavar="A,B", help="for --photos: the classes they show "
+                                                        "(default: what the classifier believes)")
+    parser.add_argument("--profile", type=data.profile_steps, metavar="N", help="time N images "
+                                                                                "and write "
+                                                                                "nothing")
     refining_arguments(parser)
     add = parser.add_argument_group("pseudo-masks").add_argument
-    add("--layers", default="all", help="whose mean affinity refines: all (default), none, like 0-6, or entropy: all, times 1 - e")
+    add("--layers", default="all", help="whose mean affinity refines: all (default), none, like "
+                                        "0-6, or entropy: all, times 1 - e")
     add("--low", type=float, default=0.35, help="low background score (default 0.35)")
-    add("--high", type=float, default=0.55, help="high background score; between the two lies the band of 255 (default 0.55)")
-    add("--par-iterations", type=int, default=ITERATIONS, metavar="N", help="of the pixel-adaptive refinement (default 10)")
+    add("--high", type=float, default=0.55, help="high background score; between the two lies the "
+                                                 "band of 255 (default 0.55)")
+    add("--par-iterations", type=int, default=ITERATIONS, metavar="N", help="of the "
+                                                                            "pixel-adaptive "
+                                                                            "refinement (default "
+                                                                            "10)")
     args = parser.parse_args(argv)
     args.split = args.split or data.training_split(args.data)
     check_refining(args)
@@ -296,11 +350,14 @@ def parse_args(argv=None):
 
 
 def refine_image(model, pixels, class_ids, args):
-    """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W), both on the device."""
+    """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W), both on
+    the device.
+    """
     shrunk = data.shrink(pixels, args.max_side)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     with record_function("CAM"):
-        cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps, precision=args.precision)["seed"]
+        cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps,
+                        precision=args.precision)["seed"]
     with record_function("PAR"):
         mask = pseudo_mask(shrunk, class_ids, cam, args.low, args.high, args.par_iterations)
     return cam, data.enlarge(mask, pixels.shape[-2:])
@@ -328,27 +385,33 @@ def main(argv=None):
         return (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
 
     begin, todo = time.time(), [n for n in dataset.ids[data.rank()::data.world()] if not done(n)]
-    for count, (name, pixels) in enumerate(data.photographs(dataset, todo, args.workers, device), 1):
+    photographs = data.photographs(dataset, todo, args.workers, device)
+    for count, (name, pixels) in enumerate(photographs, 1):
         class_ids = dataset.labels(name)
         cam, mask = refine_image(model, pixels.to(device), class_ids, args)
         data.write_cam(cams / f"{name}.npz", class_ids, cam.cpu(), pixels.shape[-2:])
         data.write_mask(masks / f"{name}.png", mask.cpu().numpy())
         if count % 20 == 0:
             rate = count / (time.time() - begin)
-            data.progress(f"{count}/{len(todo)}  {rate:.1f} images/s  {(len(todo) - count) / rate / 60:.1f} minutes left")
+            data.progress(f"{count}/{len(todo)}  {rate:.1f} images/s  "
+                          f"{(len(todo) - count) / rate / 60:.1f} minutes left")
     data.wait_for_all()
 
     # done
     if missing := [n for n in dataset.ids if not done(n)]:
-        raise FileNotFoundError(f"{len(missing)} images have no CAM or pseudo-mask, first {missing[0]}: run with --resume")
+        raise FileNotFoundError(f"{len(missing)} images have no CAM or pseudo-mask, first "
+                                f"{missing[0]}: run with --resume")
     seconds = time.time() - begin
-    data.log_line(masks, {"images": len(dataset.ids), "refined": len(todo), "images/s": len(todo) / seconds,
-                          "precision": args.precision, "seconds": seconds})
+    data.log_line(masks, {"images": len(dataset.ids), "refined": len(todo),
+                          "images/s": len(todo) / seconds, "precision": args.precision,
+                          "seconds": seconds})
 
 
 @torch.no_grad()
 def believed_classes(model, pixels, size, precision):
-    """The classes that the classifier sees in a photograph, likeliest first, at least one: [(class index, probability)]."""
+    """The classes that the classifier sees in a photograph, likeliest first, at least one: [(class
+    index, probability)].
+    """
     square = data.normalise(TF.resize(pixels, [size, size], antialias=True)[None])
     with data.autocast(pixels.device, precision):
         output = model(square)
@@ -359,10 +422,13 @@ def believed_classes(model, pixels, size, precision):
 
 def refine_photos(args, device):
     """CAM and pseudo-mask of any photographs; needs the classifier alone."""
-    model, config = load_classifier(args.out / "cls" / "last.pt", None, device, data.same_data(args))
-    classes, given = config["classes"], [name.strip() for name in (args.labels or "").split(",") if name.strip()]
+    classifier = args.out / "cls" / "last.pt"
+    model, config = load_classifier(classifier, None, device, data.same_data(args))
+    classes = config["classes"]
+    given = [name.strip() for name in (args.labels or "").split(",") if name.strip()]
     if unknown := [name for name in given if name not in classes]:
-        raise ValueError(f"--labels: the classifier does not know {unknown[0]!r}; it knows {', '.join(classes)}")
+        raise ValueError(f"--labels: the classifier does not know {unknown[0]!r}; it knows "
+                         f"{', '.join(classes)}")
 
     for path in data.photo_files(args.photos):
         pixels = TF.pil_to_tensor(data.read_image(path))
@@ -370,12 +436,13 @@ def refine_photos(args, device):
             class_ids, said = [classes.index(name) for name in given], ", ".join(given)
         else:
             believed = believed_classes(model, pixels.to(device), config["size"], args.precision)
-            class_ids, said = [c for c, _ in believed], ", ".join(f"{classes[c]} {prob:.2f}" for c, prob in believed)
+            class_ids = [c for c, _ in believed]
+            said = ", ".join(f"{classes[c]} {prob:.2f}" for c, prob in believed)
         cam, mask = refine_image(model, pixels.to(device), class_ids, args)
 
         target = args.out / "photos" / f"{path.stem}.cam.png"
         data.write_mask(target, mask.cpu().numpy())
-        full = F.interpolate(cam[None].cpu(), size=pixels.shape[-2:], mode="bilinear", align_corners=False)[0]
+        full = data.bilinear(cam[None].cpu(), pixels.shape[-2:])[0]
         score, winner = full.max(0)
         values = data.mask_value(torch.tensor(class_ids))
         colours = data.voc_colours()[values[winner].numpy()] * score[..., None].numpy()

@@ -1,8 +1,8 @@
 """Stage 1: the classifier, first plain (warm-up), then with the AReAM affinity loss.
 
 Reads  images and image-level labels of --split; DeiT weights (--pretrained).
-Writes <out>/cls/{args.json, log.jsonl, last.pt, warmup.pt}: warmup.pt is the state at the end of the warm-up, from
-       which another run can start with --branch-from.
+Writes <out>/cls/{args.json, log.jsonl, last.pt, warmup.pt}; warmup.pt is the end of the warm-up,
+       from which another run can start with --branch-from.
 Run    python train_cls.py --data VOC2012
 Expect on one CPU core, DeiT-Tiny, 224 px, bfloat16: 22 images/s plain, 12 with the AReAM loss.
 """
@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -21,8 +20,9 @@ import data
 import model as vit
 from refine import present_classes, pseudo_label
 
-DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10, pretrained="auto",
-                augment="release", deep_from=7, affinity_weight=0.1, drop_path=0.1)
+DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10,
+                pretrained="auto", augment="release", drop_path=0.1, deep_from=7,
+                affinity_weight=0.1)
 RECIPES = {  # what other data sets need instead
     "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=8, pretrained="none",
                 augment="jitter", deep_from=2, affinity_weight=2.0, drop_path=0.0, lr=1e-3),
@@ -32,37 +32,55 @@ RECIPES = {  # what other data sets need instead
 def parse_args(argv=None):
     parser = data.argument_parser(__doc__)
     data.resuming_arguments(parser)
-    parser.add_argument("--download", action="store_true", help="fetch VOC2012 (2 GB) or COCO2014 (20 GB) first, if it is not there")
-    parser.add_argument("--profile", type=data.profile_steps, metavar="N", help="time N steps, plain and AReAM, and write nothing")
+    parser.add_argument("--download", action="store_true", help="fetch VOC2012 (2 GB) or COCO2014 "
+                                                                "(20 GB) first, if it is not "
+                                                                "there")
+    parser.add_argument("--profile", type=data.profile_steps, metavar="N", help="time N steps, "
+                                                                                "plain and AReAM, "
+                                                                                "and write "
+                                                                                "nothing")
 
     add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=vit.PRESETS, help="default deit_small, the paper's; toy for --data toy")
-    add("--depth", type=int, metavar="N", help="use the first N blocks only (the paper studies 6, 8, 10, 12)")
-    add("--pretrained", metavar="auto|none|PATH", help="auto: download DeiT's ImageNet-1k weights (default); none: from scratch")
+    add("--preset", choices=vit.PRESETS, help="default deit_small, the paper's; toy for --data "
+                                              "toy")
+    add("--depth", type=int, metavar="N", help="use the first N blocks only (the paper studies 6, "
+                                               "8, 10, 12)")
+    add("--pretrained", metavar="auto|none|PATH", help="auto: download DeiT's ImageNet-1k weights "
+                                                       "(default); none: from scratch")
     add("--drop-path", type=float, metavar="P", help="default 0.1; toy 0")
 
     add = parser.add_argument_group("training").add_argument
     add("--split", help="default trainaug of VOC2012, else train")
-    add("--branch-from", metavar="CKPT", help="go on from another run's checkpoint, with this run's settings")
-    add("--augment", choices=AUGMENTATIONS, help="release (default): the authors' RandAugment and erasing; jitter: of colours (toy)")
+    add("--branch-from", metavar="CKPT", help="go on from another run's checkpoint, with this "
+                                              "run's settings")
+    add("--augment", choices=AUGMENTATIONS, help="release (default): the authors' RandAugment and "
+                                                 "erasing; jitter: of colours (toy)")
     add("--size", type=int, metavar="PX", help="side of a training crop (default 224; toy 64)")
     add("--batch", type=int, help="default 64; toy 16")
     add("--epochs", type=int, help="default 60; toy 15")
-    add("--warmup-epochs", type=int, metavar="N", help="of these without the AReAM loss (default 10; toy 8)")
+    add("--warmup-epochs", type=int, metavar="N", help="of these without the AReAM loss (default "
+                                                       "10; toy 8)")
     add("--lr", type=float, help="default 5e-4 * batch / 512; toy 1e-3")
     add("--weight-decay", type=float, default=0.05, metavar="D", help="default 0.05")
 
     add = parser.add_argument_group("AReAM").add_argument
-    add("--reactivation", choices=aream.REACTIVATION, default="entropy", help="default entropy; none: the plain classifier")
+    add("--reactivation", choices=aream.REACTIVATION, default="entropy", help="default entropy; "
+                                                                              "none: the plain "
+                                                                              "classifier")
     add("--entropy", choices=("online", "static"), default="online",
-        help="of each image in each step (default), or averaged once at the end of the warm-up (release)")
+        help="of each image in each step (default), or averaged once at the end of the warm-up "
+             "(release)")
     add("--coupling", choices=("all", "split"), default="all",
-        help="every layer guides and is supervised (default), or those below --deep-from guide the others (release)")
+        help="every layer guides and is supervised (default), or those below --deep-from guide "
+             "the others (release)")
     add("--deep-from", type=int, metavar="L", help="first deep layer, 0-based (default 7; toy 2)")
-    add("--affinity-weight", type=float, metavar="W", help="of the AReAM loss (default 0.1; toy 2)")
+    add("--affinity-weight", type=float, metavar="W", help="of the AReAM loss (default 0.1; toy "
+                                                           "2)")
     add("--labels", choices=("two-views", "shared"), default="two-views",
-        help="from an extra pass over image and mirror image (default), or from the training pass itself")
-    add("--low", type=float, default=0.35, help="low background score of the pseudo-label (default 0.35)")
+        help="from an extra pass over image and mirror image (default), or from the training pass "
+             "itself")
+    add("--low", type=float, default=0.35, help="low background score of the pseudo-label "
+                                                "(default 0.35)")
     add("--high", type=float, default=0.55, help="high background score (default 0.55)")
     args = parser.parse_args(argv)
 
@@ -72,40 +90,53 @@ def parse_args(argv=None):
     args.split = args.split or data.training_split(args.data)
     args.lr = args.lr or 5e-4 * args.batch / 512
     if not 0 <= args.warmup_epochs <= args.epochs or args.epochs < 1:
-        parser.error(f"--epochs {args.epochs} --warmup-epochs {args.warmup_epochs}: 0 <= warm-up <= epochs, epochs >= 1")
+        parser.error(f"--epochs {args.epochs} --warmup-epochs {args.warmup_epochs}: 0 <= warm-up "
+                     f"<= epochs, epochs >= 1")
     if args.size < 1 or args.size % vit.PRESETS[args.preset]["patch"]:
-        parser.error(f"--size {args.size}: not a multiple of the patch size {vit.PRESETS[args.preset]['patch']}")
+        parser.error(f"--size {args.size}: not a multiple of the patch size "
+                     f"{vit.PRESETS[args.preset]['patch']}")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Images
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def erase(pixels):
-    """Random erasing: with probability 0.25, noise in 2 to 33 % of the area; pixels (3, H, W) uint8 in and out."""
-    standard = v2.functional.normalize(v2.functional.to_dtype(pixels, torch.float32, scale=True), [0.45] * 3, [0.225] * 3)
+    """Random erasing: with probability 0.25, noise in 2 to 33 % of the area; pixels (3, H, W)
+    uint8 in and out.
+    """
+    standard = (pixels.float() / 255 - 0.45) / 0.225
     erased = v2.RandomErasing(0.25, value="random")(standard)
     return (255 * (0.45 + 0.225 * erased)).clamp(0, 255).round().to(torch.uint8)
 
 
 AUGMENTATIONS = {  # name -> transforms of a PIL image into (3, size, size) uint8
     "jitter": lambda size: [
-        v2.RandomResizedCrop(size, scale=(0.3, 1)), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4),
+        v2.RandomResizedCrop(size, scale=(0.3, 1)),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(0.4, 0.4, 0.4),
         v2.PILToTensor()],
     "release": lambda size: [
-        v2.RandomResizedCrop(size, scale=(0.08, 1), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-        *[v2.RandomApply([v2.RandAugment(1, magnitude=27)], 0.5) for _ in range(2)],  # 27 of 30, as 9 of 10
-        v2.PILToTensor(), v2.Lambda(erase)],
+        v2.RandomResizedCrop(size, scale=(0.08, 1), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.RandAugment(1, magnitude=27)], 0.5),  # 27 of 30, as 9 of 10
+        v2.RandomApply([v2.RandAugment(1, magnitude=27)], 0.5),
+        v2.PILToTensor(),
+        v2.Lambda(erase)],
 }
 
 
 class ClassificationSet(Dataset):
-    """(image (3, size, size) uint8, labels (C,)) by (index, seed): augmented, or (None) squeezed to a square."""
+    """(image (3, size, size) uint8, labels (C,)) by (index, seed): augmented, or (None) squeezed
+    to a square.
+    """
 
     def __init__(self, dataset, size, augment=None):
         self.dataset = dataset
-        self.transform = v2.Compose(AUGMENTATIONS[augment](size) if augment else [v2.Resize((size, size)), v2.PILToTensor()])
-        self.labels = torch.stack([dataset.label_vector(name) for name in dataset.ids])  # read, and checked, up front
+        squeeze = [v2.Resize((size, size)), v2.PILToTensor()]
+        self.transform = v2.Compose(AUGMENTATIONS[augment](size) if augment else squeeze)
+        # read, and checked, up front
+        self.labels = torch.stack([dataset.label_vector(name) for name in dataset.ids])
 
     def __len__(self):
         return len(self.dataset.ids)
@@ -117,12 +148,13 @@ class ClassificationSet(Dataset):
             return self.transform(image), self.labels[index]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # One step
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def label_pass(model, pixels, precision):
-    """The forward pass that labels are made from, in eval mode, over the image and its mirror image.
+    """The forward pass that labels are made from, in eval mode, over the image and its mirror
+    image.
 
     pixels (B, 3, H, W) uint8 -> ViTOutput of 2 * B images.
     """
@@ -135,27 +167,32 @@ def label_pass(model, pixels, precision):
 
 
 @torch.no_grad()
-def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=None, low=0.35, high=0.55):
-    """The affinity labels and counterpart weights of a batch, from a forward pass over one or two views of it.
+def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=None, low=0.35,
+                high=0.55):
+    """The affinity labels and counterpart weights of a batch, from a forward pass over one or two
+    views of it.
 
-    output: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; labels (B, C); guide: layer indices; entropy (L,) in
-    bits replaces each image's own (--entropy static).
-    Returns label (B, P, P) in {0, 1, 255}, w_hat (B, L), mask (B, H, W).
+    output: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; labels (B, C); guide: layer
+    indices; entropy (L,) in bits replaces each image's own (--entropy static). Returns label (B,
+    P, P) in {0, 1, 255}, w_hat (B, L), mask (B, H, W).
     """
     B = len(pixels)
     V = len(output.cam) // B
 
     with record_function("label CAM"):
         if entropy is None:
-            entropy = aream.layer_entropy(output.cam, output.affinity, labels.repeat(V, 1)).view(V, B, -1).mean(0)
+            of_views = aream.layer_entropy(output.cam, output.affinity, labels.repeat(V, 1))
+            entropy = of_views.view(V, B, -1).mean(0)  # (B, L)
         w, w_hat = aream.reactivation_weights(entropy.expand(B, -1), reactivation)  # each (B, L)
-        cam = aream.guided_cam(output.cam, output.affinity, w.repeat(V, 1), guide)  # (V * B, C, gh, gw)
+        # (V * B, C, gh, gw)
+        cam = aream.guided_cam(output.cam, output.affinity, w.repeat(V, 1), guide)
         if V == 2:
             cam = cam[:B] + cam[B:].flip(-1)
         class_ids, present = present_classes(labels)
-        cam = cam[torch.arange(B, device=cam.device)[:, None], class_ids]  # (B, K, gh, gw): no absent class from here on
+        of_image = torch.arange(B, device=cam.device)[:, None]
+        cam = cam[of_image, class_ids]  # (B, K, gh, gw): no absent class from here on
         half = [side // 2 for side in pixels.shape[-2:]]  # PAR works at half size
-        cam = F.interpolate(cam, size=half, mode="bilinear", align_corners=False)
+        cam = data.bilinear(cam, half)
         cam = aream.normalise_cam(cam, present)
 
     with record_function("PAR"):
@@ -165,9 +202,11 @@ def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=N
 
 
 def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
-    """One optimiser step on batch = (pixels, labels) -> its classification and affinity loss, (2,) detached.
+    """One optimiser step on batch = (pixels, labels) -> its classification and affinity loss, (2,)
+    detached.
 
-    active: with the AReAM loss. coupling: the guide and the supervised layers. entropy: see make_labels.
+    active: with the AReAM loss. coupling: the guide and the supervised layers. entropy: see
+    make_labels.
     """
     (pixels, labels), (guide, supervised) = batch, coupling
     shared = active and args.labels == "shared"
@@ -185,11 +224,13 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
 
     # Classification + affinity loss.
     with record_function("loss"):
-        cls_loss = aream.classification_loss(output.class_logits.float(), output.patch_logits.float(), labels)
+        cls_loss = aream.classification_loss(output.class_logits.float(),
+                                             output.patch_logits.float(), labels)
         aff_loss = torch.zeros((), device=pixels.device)
-        if active:  # the pairs of the whole batch, which several processes may share; their gradients are averaged
+        if active:  # the pairs of the whole batch, whose processes' gradients are averaged
             pairs = data.sum_over_all(aream.count_pairs(label))
-            aff_loss = data.world() * aream.aream_loss(output.affinity_logits, label, w_hat, supervised, pairs)
+            aff_loss = data.world() * aream.aream_loss(output.affinity_logits, label, w_hat,
+                                                       supervised, pairs)
 
     with record_function("backward"):
         optimizer.zero_grad(set_to_none=True)
@@ -199,13 +240,15 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
     return torch.stack([cls_loss.detach(), aff_loss.detach()])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # One epoch
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def schedule(done):
-    """Learning rate, as a share of --lr, when a share done in [0, 1] of the training is over: as in the release.
+    """Learning rate, as a share of --lr, when a share done in [0, 1] of the training is over: as
+    in the release.
 
-    A linear warm-up over the first twelfth (5 of 60 epochs) from 0.016, then a cosine to 0.16 (1e-5 of 6.25e-5).
+    A linear warm-up over the first twelfth (5 of 60 epochs) from 0.016, then a cosine to 0.16
+    (1e-5 of 6.25e-5).
     """
     if done < 1 / 12:
         return 0.016 + 0.984 * 12 * done
@@ -213,10 +256,12 @@ def schedule(done):
 
 
 def train_one_epoch(model, optimizer, loader, args, epoch, coupling, entropy, device):
-    """All steps of an epoch -> its log record. Raises FloatingPointError soon after a loss that is not finite."""
+    """All steps of an epoch -> its log record. Raises FloatingPointError soon after a loss that is
+    not finite.
+    """
     active = args.reactivation != "none" and epoch >= args.warmup_epochs
     loader.sampler.set_epoch(epoch)
-    torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # drop-path; a resumed epoch repeats it
+    data.seed_epoch(args.seed, epoch)
     model.train()
     sums, begin, steps = torch.zeros(2, device=device), time.time(), len(loader)
 
@@ -226,16 +271,19 @@ def train_one_epoch(model, optimizer, loader, args, epoch, coupling, entropy, de
         batch = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         sums += train_step(model, optimizer, batch, args, active, coupling, entropy)
 
-        if step % 20 == 0 or step == steps:  # not each step, since looking at a loss makes a GPU wait
+        if step % 20 == 0 or step == steps:  # not each step: looking at a loss makes a GPU wait
             if not sums.isfinite().all():
-                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {max(1, step - 19)} to {step}")
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step "
+                                         f"{max(1, step - 19)} to {step}")
             rate = step * args.batch / (time.time() - begin)
-            data.progress(f"step {step}/{steps}  losses {sums[0] / step:.4f} {sums[1] / step:.4f}  {rate:.1f} images/s")
+            data.progress(f"step {step}/{steps}  losses {sums[0] / step:.4f} {sums[1] / step:.4f} "
+                          f" {rate:.1f} images/s")
 
     seconds = time.time() - begin
     cls_loss, aff_loss = (data.sum_over_all(sums) / steps / data.world()).tolist()
-    return {"epoch": epoch + 1, "cls_loss": cls_loss, "aff_loss": aff_loss, "lr": optimizer.param_groups[0]["lr"],
-            "precision": args.precision, "images/s": steps * args.batch / seconds, "seconds": seconds}
+    return {"epoch": epoch + 1, "cls_loss": cls_loss, "aff_loss": aff_loss,
+            "lr": optimizer.param_groups[0]["lr"], "precision": args.precision,
+            "images/s": steps * args.batch / seconds, "seconds": seconds}
 
 
 @torch.no_grad()
@@ -258,7 +306,8 @@ def validate(model, samples, args, device):
     model.eval()
     logits, target = [], []
     in_order = [(index, 0) for index in range(len(samples))]
-    for pixels, labels in DataLoader(samples, args.batch, sampler=in_order, num_workers=args.workers):
+    loader = DataLoader(samples, args.batch, sampler=in_order, num_workers=args.workers)
+    for pixels, labels in loader:
         with data.autocast(device, args.precision):
             output = model(data.normalise(pixels.to(device)))
         logits.append((output.class_logits + output.patch_logits).float().cpu())
@@ -267,7 +316,9 @@ def validate(model, samples, args, device):
 
 
 def mean_average_precision(logits, labels):
-    """logits, labels (images, C) -> mean over the classes that occur of average precision over images, in [0, 1]."""
+    """logits, labels (images, C) -> mean over the classes that occur of average precision over
+    images, in [0, 1].
+    """
     precisions = []
     for score, label in zip(logits.T, labels.T):
         if label.any():
@@ -277,9 +328,9 @@ def mean_average_precision(logits, labels):
     return torch.stack(precisions).mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The stage
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def make_optimizer(model, args):
     """AdamW; biases, norms, tokens and position embeddings are not decayed."""
     decayed, plain = [], []
@@ -295,17 +346,20 @@ def make_optimizer(model, args):
 def restore(model, optimizer, args, dataset, folder):
     """Where training begins: resumed, branched, from pretrained weights or from scratch.
 
-    Loads model and optimizer in place. Returns the first epoch, and the static entropy (L,) if there is one.
+    Loads model and optimizer in place. Returns the first epoch, and the static entropy (L,) if
+    there is one.
     """
     last = folder / "last.pt"
     if args.resume and last.is_file():
         checkpoint = data.read_checkpoint(last, "cls", dataset)
     elif args.branch_from:
         if args.overwrite and folder.resolve() in Path(args.branch_from).resolve().parents:
-            raise ValueError(f"--overwrite would delete {args.branch_from}, from which to branch: use another --out")
+            raise ValueError(f"--overwrite would delete {args.branch_from}, from which to branch: "
+                             f"use another --out")
         checkpoint = data.read_checkpoint(args.branch_from, "cls", dataset, data.same_data(args))
         if checkpoint["epoch"] >= args.epochs:
-            raise ValueError(f"{args.branch_from} is already at epoch {checkpoint['epoch']}: give more than --epochs {args.epochs}")
+            raise ValueError(f"{args.branch_from} is already at epoch {checkpoint['epoch']}: give "
+                             f"more than --epochs {args.epochs}")
     else:
         if args.pretrained != "none":
             vit.load_pretrained(model, args.pretrained)
@@ -345,7 +399,8 @@ def main(argv=None):
     if args.profile:
         return profile(model, optimizer, loader, args, coupling, device)
     data.prepare_folder(folder, args, dataset)
-    config = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, type(None)))}
+    plain_types = (int, float, str, type(None))
+    config = {key: value for key, value in vars(args).items() if isinstance(value, plain_types)}
     config.update(data=dataset.name, classes=list(dataset.classes))
 
     def save(name, epoch):
@@ -356,20 +411,26 @@ def main(argv=None):
     # train
     wrapped, begin, saved = data.distributed(model, device), time.time(), time.time()
     for epoch in range(first, args.epochs):
-        if args.entropy == "static" and args.reactivation != "none" and epoch >= args.warmup_epochs and entropy is None:
-            entropy = mean_entropy(model, loader, args.precision, device).cpu()
-        static = entropy.to(device) if args.entropy == "static" and entropy is not None else None
+        static = None
+        if args.entropy == "static" and args.reactivation != "none" and epoch >= args.warmup_epochs:
+            if entropy is None:
+                entropy = mean_entropy(model, loader, args.precision, device).cpu()
+            static = entropy.to(device)
         try:
-            record = train_one_epoch(wrapped, optimizer, loader, args, epoch, coupling, static, device)
+            record = train_one_epoch(wrapped, optimizer, loader, args, epoch, coupling, static,
+                                     device)
         except FloatingPointError as error:
-            kept = f"the last good state is {folder / 'last.pt'}" if (folder / "last.pt").is_file() else "nothing is written yet"
-            raise FloatingPointError(f"{error}; {kept}. Lower --lr, or look at the images of these steps") from error
+            on_disk = data.what_is_on_disk(folder)
+            raise FloatingPointError(f"{error}; {on_disk}. Lower --lr, or look at the images of "
+                                     f"these steps") from error
         if epoch + 1 == args.warmup_epochs:
             save("warmup.pt", epoch + 1)
-        if epoch + 1 in (args.warmup_epochs, args.epochs) or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
+        due = time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS
+        if due or epoch + 1 in (args.warmup_epochs, args.epochs):
             save("last.pt", epoch + 1)
             saved = time.time()
-        record["minutes_left"] = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1) / 60
+        per_epoch = (time.time() - begin) / (epoch + 1 - first)
+        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
         data.log_line(folder, record)
 
     # class mAP, for information: nothing is chosen by it
@@ -378,19 +439,23 @@ def main(argv=None):
             print(f"no class mAP: {args.data} has no val list")
         else:
             data.log_line(folder, {"val_class_mAP": validate(model, val, args, device)})
-        print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on {device}, {args.precision}")
+        print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on "
+              f"{device}, {args.precision}")
     data.wait_for_all()
 
 
 def open_validation(args, dataset):
     """The val split as a ClassificationSet; None for own data without such a list."""
-    if args.data not in data.DATASETS and not (Path(args.data) / "ImageSets" / "Segmentation" / "val.txt").is_file():
+    own_list = Path(args.data) / "ImageSets" / "Segmentation" / "val.txt"
+    if args.data not in data.DATASETS and not own_list.is_file():
         return None
     return ClassificationSet(data.open_split(args, "val", like=dataset), args.size)
 
 
 def profile(model, optimizer, loader, args, coupling, device):
-    """Print where the time of --profile steps goes, plain and with the AReAM loss, and what the run would take."""
+    """Print where the time of --profile steps goes, plain and with the AReAM loss, and what the
+    run would take.
+    """
     views = {"two-views": 2, "shared": 0}[args.labels]
     forward = args.batch * model.flops((args.size // model.patch,) * 2)
 
@@ -407,11 +472,15 @@ def profile(model, optimizer, loader, args, coupling, device):
                 batch = [part.to(device, non_blocking=True) for part in next(source)]
             train_step(model, optimizer, batch, args, active, coupling)
 
-        print(f"{'AReAM' if active else 'plain'} step, {args.preset}, {args.size} px, batch {args.batch}, {device}, {args.precision}")
-        rates.append(data.profile(step, args.profile, device, args.batch, forward * (3 + views * active)))
+        print(f"{'AReAM' if active else 'plain'} step, {args.preset}, {args.size} px, batch "
+              f"{args.batch}, {device}, {args.precision}")
+        flops = forward * (3 + views * active)
+        rates.append(data.profile(step, args.profile, device, args.batch, flops))
     images = len(loader) * args.batch
-    seconds = images * (args.warmup_epochs / rates[0] + (args.epochs - args.warmup_epochs) / rates[-1])
-    print(f"{args.epochs} epochs, {args.warmup_epochs} of them warm-up, of {images} images at these rates: {seconds / 60:.1f} minutes")
+    rest = args.epochs - args.warmup_epochs
+    seconds = images * (args.warmup_epochs / rates[0] + rest / rates[-1])
+    print(f"{args.epochs} epochs, {args.warmup_epochs} of them warm-up, of {images} images at "
+          f"these rates: {seconds / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Stage 3: a torchvision DeepLab trained on pseudo-masks, and its predictions.
 
-Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; or, trained, any photographs (--photos).
-Writes <out>/seg/{args.json, log.jsonl, last.pt} and <out>/pred/<split>/<image>.png for --predict-split;
-       of photographs <out>/photos/<name>.png (the mask) and .overlay.jpg (the photograph under it).
+Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; or, trained, any --photos.
+Writes <out>/seg/{args.json, log.jsonl, last.pt} and <out>/pred/<split>/<image>.png; of photographs
+       <out>/photos/<name>.png (the mask) and .overlay.jpg (the photograph under it).
 Run    python train_seg.py --data VOC2012                   (after refine.py)
 Expect on one CPU core, deeplabv3_vit of DeiT-Tiny, 224 px, bfloat16: EXPECT images/s.
 """
@@ -25,8 +25,8 @@ from torchvision.transforms.v2 import functional as TF
 import data
 import model as vit
 
-ARCHITECTURES = ("deeplabv3_resnet101", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "deeplabv3_mobilenet_v2",
-                 "deeplabv3_vit")
+ARCHITECTURES = ("deeplabv3_resnet101", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large",
+                 "deeplabv3_mobilenet_v2", "deeplabv3_vit")
 BACKBONE_WEIGHTS = {  # ImageNet classification; torchvision's segmentation weights saw pixel labels
     "deeplabv3_resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
     "deeplabv3_resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
@@ -44,50 +44,63 @@ def parse_args(argv=None):
     parser = data.argument_parser(__doc__)
     data.resuming_arguments(parser)
     parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
-                        help="segment these photographs (files, folders) with the trained model, and do nothing else")
+                        help="segment these photographs (files, folders) with the trained model, "
+                             "and do nothing else")
     add = parser.add_argument_group("model").add_argument
-    add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"{', '.join(ARCHITECTURES)} (default the first; toy the last)")
+    add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"{', '.join(ARCHITECTURES)} "
+                                                              f"(default the first; toy the last)")
     add("--pretrained", metavar="auto|none|PATH", default="auto",
-        help="auto (default): ImageNet backbone of torchvision, or <out>/cls/last.pt for deeplabv3_vit")
+        help="auto (default): ImageNet backbone of torchvision, or <out>/cls/last.pt for "
+             "deeplabv3_vit")
     add = parser.add_argument_group("training").add_argument
     add("--split", help="default trainaug of VOC2012, else train")
     add("--masks", type=Path, metavar="DIR", help="pseudo-masks (default <out>/pseudo)")
-    add("--size", type=int, metavar="PX", help="side of a training crop (default 321, ViT 320, toy 64)")
+    add("--size", type=int, metavar="PX", help="side of a training crop (default 321, ViT 320, "
+                                               "toy 64)")
     add("--batch", type=int, help="default 16")
     add("--epochs", type=int, help="default 30; toy 6")
-    add("--lr", type=float, help="of the backbone; the head has ten times as much. SGD for CNNs, AdamW for the ViT")
+    add("--lr", type=float, help="of the backbone; the head has ten times as much. SGD for CNNs, "
+                                 "AdamW for the ViT")
     add = parser.add_argument_group("prediction").add_argument
-    add("--predict-split", default="val", metavar="SPLIT", help="split to predict after training (default val)")
-    add("--scales", type=float, nargs="+", help="default 0.5 0.75 1 1.25 1.5, each with its mirror image; toy 1")
-    add("--max-side", type=int, default=1024, metavar="PX", help="shrink larger photographs (default 1024)")
+    add("--predict-split", default="val", metavar="SPLIT", help="split to predict after training "
+                                                                "(default val)")
+    add("--scales", type=float, nargs="+", help="default 0.5 0.75 1 1.25 1.5, each with its "
+                                                "mirror image; toy 1")
+    add("--max-side", type=int, default=1024, metavar="PX", help="shrink larger photographs "
+                                                                 "(default 1024)")
     args = parser.parse_args(argv)
 
     args.split = args.split or data.training_split(args.data)
     args.arch = args.arch or ("deeplabv3_vit" if args.data == "toy" else "deeplabv3_resnet101")
-    recipe = RECIPES["toy" if args.data == "toy" else "vit" if args.arch == "deeplabv3_vit" else "cnn"]
-    for key, value in recipe.items():
+    kind = "vit" if args.arch == "deeplabv3_vit" else "cnn"
+    for key, value in RECIPES["toy" if args.data == "toy" else kind].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.scales = args.scales or ([1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5])
     if args.epochs < 1 or args.batch < 2:
-        parser.error(f"--epochs {args.epochs} --batch {args.batch}: at least one epoch, and two images a batch "
+        parser.error(f"--epochs {args.epochs} --batch {args.batch}: at least one epoch, and two "
+                     f"images a batch "
                      f"(DeepLab's batch normalisation of pooled features needs them)")
     if min(args.scales) <= 0 or args.max_side < 16:
-        parser.error(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at least 16 px")
+        parser.error(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at "
+                     f"least 16 px")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Images and masks
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 class SegmentationSet(Dataset):
-    """(image (3, size, size) uint8, mask (size, size) int64) with joint scale, flip and crop; padding is 255."""
+    """(image (3, size, size) uint8, mask (size, size) int64) with joint scale, flip and crop;
+    padding is 255.
+    """
 
     def __init__(self, dataset, masks, size):
         self.dataset, self.masks, self.size = dataset, Path(masks), size
         self.transform = v2.Compose([
             v2.RandomHorizontalFlip(),
-            v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 124, tv_tensors.Mask: data.IGNORE}),
+            v2.RandomCrop(size, pad_if_needed=True,
+                          fill={tv_tensors.Image: 124, tv_tensors.Mask: data.IGNORE}),
         ])
 
     def __len__(self):
@@ -97,9 +110,11 @@ class SegmentationSet(Dataset):
         index, seed = key
         name = self.dataset.ids[index]
         image = self.dataset.image(name)
-        mask = data.read_mask(self.masks / f"{name}.png", len(self.dataset.classes), image.size[::-1])
+        path = self.masks / f"{name}.png"
+        mask = data.read_mask(path, len(self.dataset.classes), image.size[::-1])
         with data.seeded(seed):
-            scale = self.size / max(image.size) * (0.5 + 1.5 * torch.rand(()).item())  # the longer side 0.5 to 2 times size
+            # the longer side 0.5 to 2 times size
+            scale = self.size / max(image.size) * (0.5 + 1.5 * torch.rand(()).item())
             size = [max(1, round(side * scale)) for side in mask.shape]
             image = TF.resize(tv_tensors.Image(image), size, antialias=True)
             mask = TF.resize(tv_tensors.Mask(torch.from_numpy(mask)), size)
@@ -108,7 +123,9 @@ class SegmentationSet(Dataset):
 
 
 def is_ground_truth(dataset, folder):
-    """Whether a folder of masks is ground truth: one of the data set's mask folders, or a copy of its masks."""
+    """Whether a folder of masks is ground truth: one of the data set's mask folders, or a copy of
+    its masks.
+    """
     folder = Path(folder).resolve()
     if any(folder == f.resolve() for f in dataset.ground_truth_folders()):
         return True
@@ -116,7 +133,7 @@ def is_ground_truth(dataset, folder):
     for name in dataset.ids[:20]:
         try:
             target = dataset.mask(name)
-        except (FileNotFoundError, ValueError):  # none, or none that pseudo-masks could be a copy of
+        except (FileNotFoundError, ValueError):  # none, or none that could have been copied
             continue
         if not np.array_equal(data.read_mask(folder / f"{name}.png", len(dataset.classes)), target):
             return False
@@ -124,11 +141,12 @@ def is_ground_truth(dataset, folder):
     return compared > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Models
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 class Features(nn.Module):
-    """Wraps a trunk of layers so that torchvision's DeepLabV3 finds its feature map under "out"."""
+    """Wraps a trunk of layers so that torchvision's DeepLabV3 finds its feature map under "out".
+    """
 
     def __init__(self, features):
         super().__init__()
@@ -152,7 +170,9 @@ class ViTFeatures(nn.Module):
 
 
 def mobilenet_v2_features():
-    """torchvision's MobileNetV2 trunk up to its 320 channels, at stride 16 (the last stride becomes dilation 2)."""
+    """torchvision's MobileNetV2 trunk up to its 320 channels, at stride 16 (the last stride
+    becomes dilation 2).
+    """
     features = torchvision.models.mobilenet_v2(weights=None).features[:-1]
     for module in features[14:].modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
@@ -163,30 +183,37 @@ def mobilenet_v2_features():
 def build(arch, num_classes, classifier=None):
     """A DeepLabV3 over C foreground classes and the background, backbone untrained.
 
-    classifier: for deeplabv3_vit the config of the stage-1 checkpoint (preset, depth, size, classes).
+    classifier: for deeplabv3_vit the config of the stage-1 checkpoint (preset, depth, size,
+    classes).
     """
     if arch == "deeplabv3_vit":
-        backbone = vit.build(classifier["preset"], num_classes, depth=classifier["depth"], image_size=classifier["size"])
+        backbone = vit.build(classifier["preset"], num_classes, depth=classifier["depth"],
+                             image_size=classifier["size"])
         return DeepLabV3(ViTFeatures(backbone), DeepLabHead(backbone.dim, num_classes + 1))
     if arch == "deeplabv3_mobilenet_v2":
         return DeepLabV3(Features(mobilenet_v2_features()), DeepLabHead(320, num_classes + 1))
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown --arch {arch!r}: use one of {', '.join(ARCHITECTURES)}")
-    return getattr(segmentation, arch)(weights=None, weights_backbone=None, num_classes=num_classes + 1)
+    make = getattr(segmentation, arch)
+    return make(weights=None, weights_backbone=None, num_classes=num_classes + 1)
 
 
 def load_backbone(net, arch, source):
-    """ImageNet classification weights into a CNN backbone: source "auto" (torchvision's download) or a path."""
+    """ImageNet classification weights into a CNN backbone: source "auto" (torchvision's download)
+    or a path.
+    """
     if source == "auto":
         try:
             found = BACKBONE_WEIGHTS[arch].get_state_dict(progress=True, check_hash=True)
         except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
-            raise FileNotFoundError(f"could not download {BACKBONE_WEIGHTS[arch].url} ({error}); fetch it elsewhere and "
-                                    f"give its path with --pretrained PATH, or use --pretrained none") from error
+            raise FileNotFoundError(f"could not download {BACKBONE_WEIGHTS[arch].url} ({error}); "
+                                    f"fetch it elsewhere and "
+                                    f"give its path with --pretrained PATH, or use --pretrained "
+                                    f"none") from error
     else:
         found = vit.read_weights(source, arch)
     own = net.backbone.state_dict()
-    if arch.startswith("deeplabv3_mobilenet_v3"):  # the trunk's layers are named 0, 1, ... here and features.0 ... there
+    if arch.startswith("deeplabv3_mobilenet_v3"):  # layers are 0, 1, ... here, features.0 ... there
         found = {k.removeprefix("features."): v for k, v in found.items()}
     if not any(k in found for k in own) and "0.0.weight" in found:
         found = {f"features.{k}": v for k, v in found.items()}
@@ -194,18 +221,22 @@ def load_backbone(net, arch, source):
     absent = [k for k in own if k not in found and not k.endswith("num_batches_tracked")]
     wrong = [k for k, v in chosen.items() if v.shape != own[k].shape]
     if absent or wrong:
-        raise ValueError(f"{source} does not hold an ImageNet backbone for {arch} (first problem at "
-                         f"{(absent + wrong)[0]}); give torchvision's classification weights of that network")
+        raise ValueError(f"{source} does not hold an ImageNet backbone for {arch} (first problem "
+                         f"at "
+                         f"{(absent + wrong)[0]}); give torchvision's classification weights of "
+                         f"that network")
     net.backbone.load_state_dict(chosen, strict=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Training and prediction
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def train_one_epoch(net, optimizer, loader, args, epoch, device):
-    """All steps of an epoch -> its log record. Raises FloatingPointError soon after a loss that is not finite."""
+    """All steps of an epoch -> its log record. Raises FloatingPointError soon after a loss that is
+    not finite.
+    """
     loader.sampler.set_epoch(epoch)
-    torch.manual_seed((args.seed * 100_003 + epoch) * data.world() + data.rank())  # dropout; a resumed epoch repeats it
+    data.seed_epoch(args.seed, epoch)
     net.train()
     total, begin, steps = torch.zeros((), device=device), time.time(), len(loader)
 
@@ -218,58 +249,67 @@ def train_one_epoch(net, optimizer, loader, args, epoch, device):
         with data.autocast(device, args.precision):
             logits = net(data.normalise(pixels))["out"]
         labelled = data.sum_over_all((mask != data.IGNORE).sum()).clamp_min(1)
-        loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="none").sum() * data.world() / labelled
+        loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="sum")
+        loss = loss * data.world() / labelled
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         total += loss.detach()
 
-        if step % 20 == 0 or step == steps:  # not each step, since looking at a loss makes a GPU wait
+        if step % 20 == 0 or step == steps:  # not each step: looking at a loss makes a GPU wait
             if not total.isfinite():
-                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {max(1, step - 19)} to {step}")
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step "
+                                         f"{max(1, step - 19)} to {step}")
             rate = step * args.batch / (time.time() - begin)
             data.progress(f"step {step}/{steps}  loss {total / step:.4f}  {rate:.1f} images/s")
 
     seconds = time.time() - begin
     loss = data.sum_over_all(total).item() / steps / data.world()
-    return {"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "precision": args.precision,
-            "images/s": steps * args.batch / seconds, "seconds": seconds}
+    return {"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+            "precision": args.precision, "images/s": steps * args.batch / seconds,
+            "seconds": seconds}
 
 
 @torch.no_grad()
 def predict(net, pixels, scales, multiple=1, precision="float32"):
-    """The likeliest class over scales and mirror images: pixels (3, H, W) uint8 -> mask (H, W) uint8 in 0..C."""
+    """The likeliest class over scales and mirror images: pixels (3, H, W) uint8 -> mask (H, W)
+    uint8 in 0..C.
+    """
     H, W = pixels.shape[-2:]
     images, total = data.normalise(pixels[None]), 0
     for scale in scales:
         padded, (h, w) = data.mirrored_views(images, scale, multiple)
         with data.autocast(pixels.device, precision):
             logits = net(padded)["out"].float()[..., :h, :w]
-        prob = F.interpolate(logits, size=(H, W), mode="bilinear", align_corners=False).softmax(1)
+        prob = data.bilinear(logits, (H, W)).softmax(1)
         total = total + prob[0] + prob[1].flip(-1)
     return total.max(0).indices.to(torch.uint8)  # many times faster than argmax on a CPU
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The stage
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def make_optimizer(net, args):
     """The head learns ten times as fast as the backbone."""
     backbone = [p for p in net.backbone.parameters() if p.requires_grad]
     head = list(net.classifier.parameters())
-    groups = [{"params": backbone, "lr": args.lr, "base": args.lr}, {"params": head, "lr": 10 * args.lr, "base": 10 * args.lr}]
+    groups = [{"params": backbone, "lr": args.lr, "base": args.lr},
+              {"params": head, "lr": 10 * args.lr, "base": 10 * args.lr}]
     if args.arch == "deeplabv3_vit":
         return torch.optim.AdamW(groups, weight_decay=0.01)
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
 
 
 def restore(net, optimizer, args, dataset, folder, classifier):
-    """Where training begins: resumed, from pretrained weights or from scratch. Returns the first epoch."""
+    """Where training begins: resumed, from pretrained weights or from scratch. Returns the first
+    epoch.
+    """
     last = folder / "last.pt"
     if args.resume and last.is_file():
         checkpoint = data.read_checkpoint(last, "seg", dataset)
         if checkpoint["config"]["arch"] != args.arch:
-            raise ValueError(f"--resume in {folder}, which holds a {checkpoint['config']['arch']}, with --arch {args.arch}")
+            raise ValueError(f"--resume in {folder}, which holds a "
+                             f"{checkpoint['config']['arch']}, with --arch {args.arch}")
         net.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["epoch"]
@@ -291,9 +331,11 @@ def main(argv=None):
     dataset = data.open_split(args, args.split)
     target = data.open_split(args, args.predict_split, like=dataset)
     data.need_files(masks, dataset.ids, ".png",
-                    f"python refine.py {data.same_data(args)} --split {args.split} --out {data.quoted(args.out)}")
+                    f"python refine.py {data.same_data(args)} --split {args.split} --out "
+                    f"{data.quoted(args.out)}")
     if is_ground_truth(dataset, masks):
-        raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly supervised; give the "
+        raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly "
+                         f"supervised; give the "
                          f"pseudo-masks of refine.py")
     samples = SegmentationSet(dataset, masks, args.size)
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
@@ -301,7 +343,9 @@ def main(argv=None):
     # model, optimiser, where to begin
     classifier = None
     if args.arch == "deeplabv3_vit":
-        path = args.out / "cls" / "last.pt" if args.pretrained in ("auto", "none") else args.pretrained
+        path = args.pretrained
+        if path in ("auto", "none"):
+            path = args.out / "cls" / "last.pt"
         classifier = data.read_checkpoint(path, "cls", dataset, data.same_data(args))
     net = build(args.arch, len(dataset.classes), classifier and classifier["config"])
     multiple = net.backbone.model.patch if classifier else 1
@@ -317,7 +361,8 @@ def main(argv=None):
     predictions = args.out / "pred" / args.predict_split
     outdated = first == 0 and predictions.parent.is_dir()  # made by an earlier model
     if outdated and not args.overwrite:
-        raise ValueError(f"{predictions.parent} holds predictions, but {folder} no model that made them: replace them with "
+        raise ValueError(f"{predictions.parent} holds predictions, but {folder} no model that "
+                         f"made them: replace them with "
                          f"--overwrite, or choose another --out")
     data.prepare_folder(folder, args, dataset, **made_from)
     if outdated and not data.rank():
@@ -334,31 +379,38 @@ def main(argv=None):
         try:
             record = train_one_epoch(wrapped, optimizer, loader, args, epoch, device)
         except FloatingPointError as error:
-            kept = f"the last good state is {folder / 'last.pt'}" if (folder / "last.pt").is_file() else "nothing is written yet"
-            raise FloatingPointError(f"{error}; {kept}. Lower --lr") from error
+            on_disk = data.what_is_on_disk(folder)
+            raise FloatingPointError(f"{error}; {on_disk}. Lower --lr") from error
         if epoch + 1 == args.epochs or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
-            data.write_checkpoint(folder / "last.pt", {"stage": "seg", "config": config, "epoch": epoch + 1,
-                                                       "model": net.state_dict(), "optimizer": optimizer.state_dict()})
+            data.write_checkpoint(folder / "last.pt", {
+                "stage": "seg", "config": config, "epoch": epoch + 1,
+                "model": net.state_dict(), "optimizer": optimizer.state_dict()})
             saved = time.time()
-        record["minutes_left"] = (time.time() - begin) / (epoch + 1 - first) * (args.epochs - epoch - 1) / 60
+        per_epoch = (time.time() - begin) / (epoch + 1 - first)
+        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
         data.log_line(folder, record)
 
     # predict what is not there yet; of several processes each takes its share
     net.eval()
     begin = time.time()
-    todo = [n for n in target.ids[data.rank()::data.world()] if not (predictions / f"{n}.png").is_file()]
+    share = target.ids[data.rank()::data.world()]
+    todo = [n for n in share if not (predictions / f"{n}.png").is_file()]
     for count, (name, pixels) in enumerate(data.photographs(target, todo, args.workers, device), 1):
-        mask = predict(net, data.shrink(pixels, args.max_side).to(device), args.scales, multiple, args.precision)
-        data.write_mask(predictions / f"{name}.png", data.enlarge(mask.cpu(), pixels.shape[-2:]).numpy())
+        shrunk = data.shrink(pixels, args.max_side).to(device)
+        mask = predict(net, shrunk, args.scales, multiple, args.precision).cpu()
+        mask = data.enlarge(mask, pixels.shape[-2:])
+        data.write_mask(predictions / f"{name}.png", mask.numpy())
         if count % 20 == 0:
-            data.progress(f"{count}/{len(todo)} predicted, {count / (time.time() - begin):.1f} images/s")
+            data.progress(f"{count}/{len(todo)} predicted, {count / (time.time() - begin):.1f} "
+                          f"images/s")
     data.wait_for_all()
     data.log_line(folder, {"predicted": len(target.ids), "seconds": time.time() - begin})
 
 
 def segment_photos(args, device):
     """Masks of any photographs; needs the trained model alone."""
-    checkpoint = data.read_checkpoint(args.out / "seg" / "last.pt", "seg", None, data.same_data(args))
+    path = args.out / "seg" / "last.pt"
+    checkpoint = data.read_checkpoint(path, "seg", None, data.same_data(args))
     config, classes = checkpoint["config"], checkpoint["config"]["classes"]
     net = build(config["arch"], len(classes), config["classifier"])
     net.load_state_dict(checkpoint["model"])
@@ -368,12 +420,15 @@ def segment_photos(args, device):
     for path in data.photo_files(args.photos):
         pixels = TF.pil_to_tensor(data.read_image(path))
         shrunk = data.shrink(pixels, args.max_side).to(device)
-        mask = data.enlarge(predict(net, shrunk, config["scales"], multiple, args.precision).cpu(), pixels.shape[-2:]).numpy()
-        names = {value: ("background", *classes)[value] for value in np.unique(mask).tolist() if value}
+        mask = predict(net, shrunk, config["scales"], multiple, args.precision).cpu()
+        mask = data.enlarge(mask, pixels.shape[-2:]).numpy()
+        values = [value for value in np.unique(mask).tolist() if value]
+        names = {value: ("background", *classes)[value] for value in values}
         target = args.out / "photos" / f"{path.stem}.png"
         data.write_mask(target, mask)
         legend = {name: data.voc_colours()[value] for value, name in names.items()}
-        data.write_overlay(target.with_suffix(".overlay.jpg"), pixels, data.voc_colours()[mask], legend)
+        overlay = target.with_suffix(".overlay.jpg")
+        data.write_overlay(overlay, pixels, data.voc_colours()[mask], legend)
         print(f"{path.name}: {', '.join(names.values()) or 'background alone'}  ->  {target}, "
               f"{target.with_suffix('.overlay.jpg').name}", flush=True)
 
