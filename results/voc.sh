@@ -38,4 +38,13 @@ score walk/squared      schedule/uniform-split --beta 2
 score walk/normalised   schedule/uniform-split --beta 1.000001  # one step of normalised rows
 score walk/three-scales schedule/uniform-split --scales 0.5 1 1.5
 
+# Does bfloat16 change anything? (3 epochs)
+SHORT="$TINY --epochs 3 --warmup-epochs 1 --coupling split"
+row precision/none-float32     $SHORT --reactivation none --precision float32
+row precision/none-bfloat16    $SHORT --reactivation none --precision bfloat16
+row precision/uniform-float32  $SHORT --reactivation uniform --precision float32
+row precision/uniform-bfloat16 $SHORT --reactivation uniform --precision bfloat16
+masks precision-masks/float32  schedule/none --precision float32
+masks precision-masks/bfloat16 schedule/none --precision bfloat16
+
 $PYTHON evaluate.py --what study --out $OUT --records results/voc.json
