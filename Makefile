@@ -36,4 +36,4 @@ gpu: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest runs
+	rm -rf .venv .venv-lowest

@@ -1,4 +1,4 @@
-"""Data sets, the files that a run consists of, and what the stages share: processes, flags, errors.
+"""Data sets, the files of a run, and what the stages share: processes, flags, errors.
 
 Image labels come from annotation lists (XML, CSV, JSON), never from masks; masks are ground truth,
 for evaluate.py alone. Whatever is wrong with a file or a flag ends in one line that names it, the
@@ -43,7 +43,7 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor")
 TOY_CLASSES = ("bars", "columns", "diagonals", "checks", "dots", "rings")
-TOY_SIZES = {"train": 600, "val": 150}
+TOY_SIZES = {"train": 1200, "val": 150}
 RESERVED = {"background", "ignore", "void", "unlabeled", "unlabelled"}  # listed by some tools
 
 
@@ -122,20 +122,24 @@ def read_mask(path, num_classes=MOST_CLASSES, size=None):
                              f"{IGNORE}")
     if size is not None and mask.shape != tuple(size):
         raise ValueError(f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image "
-                         f"{size[0]} x {size[1]}")
+                         f"{size[0]} x "
+                         f"{size[1]} (upright, where EXIF turns it): a mask goes with the upright "
+                         f"image")
     return mask
 
 
 def mask_values(image, num_classes):
     """The values (H, W) uint8 that a mask, as Pillow opened it, stands for.
 
-    Optimisers re-index palettes ([0, 3, 255] becomes [0, 1, 2] with the same colours), so colours
-    that are all VOC's, or all the grey levels of values, are taken for what they mean. Other
-    palettes, which data sets choose for display, are taken by index. Raises ValueError where only
-    some of the colours are VOC's, for another value than their index.
+    Optimisers re-index palettes ([0, 3, 255] becomes [0, 1, 2] with the same colours), so a
+    palette whose colours are all VOC's, or all the grey levels of values, is taken for what they
+    mean. Other palettes, which data sets choose for display, are taken by index. Raises ValueError
+    where only some of the colours are VOC's, for another value than their index.
     """
-    if image.mode in ("L", "1"):
-        return np.array(image).astype(np.uint8)
+    if image.mode == "L":
+        return np.array(image)
+    if image.mode == "1":
+        return np.array(image).astype(np.uint8) * 255  # as in a file of 8 bits
     if image.mode.startswith("I"):
         values = np.array(image)
         if values.max() > IGNORE:
@@ -151,24 +155,25 @@ def mask_values(image, num_classes):
     else:
         raise ValueError(f"its mode {image.mode!r} holds no values")
 
-    used = np.bincount(index.ravel()).nonzero()[0].tolist()
-    colour_of = {i: tuple(colours[i].tolist()) if i < len(colours) else None for i in used}
-    allowed = (*range(num_classes + 1), IGNORE)
-    voc = {tuple(voc_colours()[value].tolist()): value for value in allowed}
-    grey = {(value, value, value): value for value in allowed}
-    for meaning in (voc, grey):
-        values = [meaning.get(colour_of[i]) for i in used]
-        said = None not in values and len(set(values)) == len(values)
-        if said and (meaning is voc or any(0 < value < IGNORE for value in values)):
-            table = np.zeros(max(used) + 1, np.uint8)
-            table[used] = values
-            return table[index]
-    for i in used:
-        value = voc.get(colour_of[i])
+    # What each colour of the palette means, in VOC's colour map and as a grey level.
+    colours = [tuple(colour) for colour in colours.tolist()]
+    voc = {tuple(colour): value for value, colour in enumerate(voc_colours().tolist())}
+    as_voc = [voc.get(colour) for colour in colours]
+    as_grey = [r if r == g == b else None for r, g, b in colours]
+    indices = list(range(len(colours)))
+    if indices in (as_voc, as_grey):
+        return index.astype(np.uint8)
+    if None not in as_voc and len(set(as_voc)) == len(colours):
+        return np.array(as_voc, np.uint8)[index]
+    classes = [value for value in as_grey if value is not None and 0 < value <= num_classes]
+    if classes and set(as_grey) <= {0, IGNORE, *classes} and len(set(as_grey)) == len(colours):
+        return np.array(as_grey, np.uint8)[index]
+    for i, (colour, value) in enumerate(zip(colours, as_voc)):
         if image.mode != "P" or value not in (None, 0, i):
-            means = f"is VOC's for {value}" if value is not None else "is none of VOC's"
-            raise ValueError(f"the colour {colour_of[i]} {means}, others are not: save it in "
-                             f"VOC's palette or as grey values")
+            means = f"is VOC's for {value}, others are not"
+            means = "is none of VOC's" if value is None else means
+            raise ValueError(f"its colour {colour} {means}: save it in VOC's palette or as grey "
+                             f"values")
     return index.astype(np.uint8)
 
 
@@ -179,8 +184,8 @@ class ImageSet:
     """What the stages see of one split of a data set.
 
     name, split, classes (C names), ids; source: the file that names the classes or lists the
-    images. Subclasses give image_path(id), mask(id) -> (H, W) uint8 and read_labels(id) -> class
-    indices.
+    images. Subclasses give image_path(id), mask_path(id), mask(id) -> (H, W) uint8 and
+    read_labels(id) -> class indices.
     """
 
     source = ""
@@ -235,8 +240,9 @@ class VOC(ImageSet):
         if name == "VOC2012" and not self.list.is_file() and shipped.is_file():
             self.list = shipped
         if not self.list.is_file():
-            raise FileNotFoundError(f"no split {split!r}: {self.list} does not exist; it lists "
-                                    f"image names, one a line")
+            raise FileNotFoundError(f"no split {split!r}: {self.list} does not exist; write image "
+                                    f"names there, one a line, or give another split (--split, "
+                                    f"--predict-split)")
         lines = [line.strip() for line in read_text(self.list).splitlines()]
         self.ids = [self.plain_name(line, self.list) for line in lines if line]
         self.table = self.read_table() if (self.root / "labels.csv").is_file() else None
@@ -298,12 +304,15 @@ class VOC(ImageSet):
                              f"nothing, drop it from {self.list}")
         return sorted({self.classes.index(n) for n in names})
 
-    def mask(self, name):
+    def mask_path(self, name):
         folders = self.ground_truth_folders()[:1 + (self.split == "trainaug")]
         for folder in folders:
             if (folder / f"{name}.png").is_file():
-                return read_mask(folder / f"{name}.png", len(self.classes))
+                return folder / f"{name}.png"
         raise FileNotFoundError(f"no ground truth {name}.png in {' or '.join(map(str, folders))}")
+
+    def mask(self, name):
+        return read_mask(self.mask_path(name), len(self.classes))
 
     def ground_truth_folders(self):
         return [self.root / "SegmentationClass", self.root / "SegmentationClassAug"]
@@ -336,6 +345,9 @@ class COCO(ImageSet):
                 i["id"]: (i["file_name"], (i["height"], i["width"])) for i in record["images"]}
             annotations = [(a.get("id"), a["image_id"], a["category_id"], a.get("segmentation"))
                            for a in record["annotations"]]
+        if len(self.files) < len(record["images"]):
+            raise ValueError(f"{self.source} gives {len(record['images'])} images "
+                             f"{len(self.files)} ids: each needs its own")
         self.collect(annotations, index)
 
     def collect(self, annotations, index):
@@ -375,6 +387,17 @@ class COCO(ImageSet):
     def image_path(self, name):
         return self.folder / self.files[name][0]
 
+    def image(self, name):
+        image, (H, W) = super().image(name), self.files[name][1]
+        if image.size != (W, H):
+            raise ValueError(f"{self.image_path(name)} is {image.height} x {image.width} pixels "
+                             f"(upright, "
+                             f"where EXIF turns it), {self.source} says {H} x {W}: correct one")
+        return image
+
+    def mask_path(self, name):
+        return self.source
+
     def read_labels(self, name):
         return sorted({index for _, index, _ in self.objects[name]})
 
@@ -394,8 +417,10 @@ class COCO(ImageSet):
         folder, content = Path(self.cache) / self.split, {"annotations": fingerprint(self.source)}
         made_from = folder / "made_from.json"
         if folder.is_dir() and not made_from.is_file():
-            shutil.rmtree(folder)
-        elif folder.is_dir() and read_json(made_from, f"delete {folder}") != content:
+            raise ValueError(f"{folder} is needed for rasterised masks, and holds something else: "
+                             f"move it "
+                             f"away, or choose another --out")
+        if folder.is_dir() and read_json(made_from, f"delete {folder}") != content:
             shutil.rmtree(folder)
         write_json(made_from, content)
         missing = [name for name in self.ids if not (folder / f"{name}.png").is_file()]
@@ -494,6 +519,8 @@ class Toy(ImageSet):
     def image_path(self, name):
         return name
 
+    mask_path = image_path
+
     def image(self, name):
         return Image.fromarray(draw_toy(name)[0])
 
@@ -523,16 +550,16 @@ def draw_toy(name):
     classes = set()
     for _ in range(rng.integers(1, 4)):
         k = int(rng.integers(len(TOY_CLASSES)))
-        radius = rng.uniform(12, 21)
+        radius = rng.uniform(14, 24)
         body, cy, cx = toy_body(rng, y, x, radius)
         if (mask[body] > 0).sum() > 0.3 * body.sum():
             continue  # would hide another object
-        colour = toy_colour(2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.35))
+        colour = toy_colour(2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.5))
         u, v = y - cy, x - cx
         texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0,
                    (u % 5 < 3) & (v % 5 < 3), np.hypot(u, v) % 4 < 2][k]
         image[body] = colour
-        badge = body & (np.hypot(u - rng.uniform(-3, 3), v - rng.uniform(-3, 3)) < 0.5 * radius)
+        badge = body & (np.hypot(u - rng.uniform(-3, 3), v - rng.uniform(-3, 3)) < 0.4 * radius)
         image[badge & texture] = colour * 0.35
         mask[body] = mask_value(k)
         classes.add(k)
@@ -639,6 +666,8 @@ def need_same_classes(one, one_source, other, other_source):
                          f"first, {names[1]} in the second")
 
 
+PARTS = {"VOC2012": ("JPEGImages", "Annotations"),
+         "COCO2014": ("train2014", "val2014", "annotations")}
 VOC_TAR, COCO_ZIPS = DATASET_YEAR_DICT["2012"], "http://images.cocodataset.org"
 ARCHIVES = {  # data set -> where it goes under --data-root; address, MD5, folder in it, GB
     "VOC2012": ("VOCdevkit/VOC2012", [(VOC_TAR["url"], VOC_TAR["md5"], ".", 2.0)]),
@@ -653,24 +682,30 @@ def download(data, root):
     """Fetch, check and extract a data set into the layout of the README; what is complete is left
     alone.
 
-    Archives are kept in <root>/download until all are extracted there; only then does the data set
-    take its place, so that half of it is never taken for all. Raises ValueError and OSError with
-    the remedy.
+    Archives are kept in <root>/download/<data> until all are extracted there; only then does the
+    data set take its place, so that half of it is never taken for all. Raises ValueError and
+    OSError with the remedy.
     """
     if data not in ARCHIVES:
         raise ValueError(f"--download: {data} is not to be had there; it goes with --data "
                          f"{' or '.join(ARCHIVES)}")
     place, archives = ARCHIVES[data]
-    target, fetched = Path(root) / place, Path(root) / "download"
+    target, fetched = Path(root) / place, Path(root) / "download" / data
     if target.is_dir():
+        if missing := [part for part in PARTS[data] if not (target / part).is_dir()]:
+            raise ValueError(f"{target} is there, but lacks {missing[0]}: complete it by hand, or "
+                             f"move it "
+                             f"away and give --download again")
         return
     size = sum(gigabytes for *_, gigabytes in archives)
     print(f"{data}: {size:.1f} GB to download into {fetched}, as much to extract", flush=True)
     fetched.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(fetched).free) < 2 * size * 1e9:
-        raise OSError(f"{fetched} has {free / 1e9:.1f} GB free, {data} takes "
-                      f"{2 * size:.1f}: make room, or give "
-                      f"another --data-root")
+    there = sum(file.stat().st_size for file in fetched.rglob("*") if file.is_file())
+    free, needed = shutil.disk_usage(fetched).free, 2e9 * size - there
+    if free < needed:
+        raise OSError(f"{fetched} has {free / 1e9:.1f} GB free, {data} takes {needed / 1e9:.1f} "
+                      f"more: "
+                      f"make room, or give another --data-root")
     for address, md5, folder, _ in archives:
         try:
             extracted = fetched / "extracted" / folder
@@ -682,6 +717,8 @@ def download(data, root):
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(fetched / "extracted" / place, target)
     shutil.rmtree(fetched)
+    if not any(fetched.parent.iterdir()):
+        fetched.parent.rmdir()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1028,8 +1065,12 @@ def prepare_folder(folder, args, dataset, **made_from):
     settings["made_from"] = {"images and labels": dataset.fingerprint()}
     for what, path in made_from.items():
         settings["made_from"][what.replace("_", "-")] = fingerprint(path)
-    used = folder.is_dir() and any(folder.iterdir())
-    if used and args.resume and (folder / "args.json").is_file():
+    used = folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir())
+    if used and args.resume and not (folder / "args.json").is_file():
+        raise ValueError(f"--resume in {folder}, which has no args.json: replace it with "
+                         f"--overwrite, or "
+                         f"choose another --out")
+    if used and args.resume:
         before = read_json(folder / "args.json", "delete the folder to start again")
         for what, content in settings["made_from"].items():
             if before.get("made_from", {}).get(what) != content:
@@ -1131,33 +1172,38 @@ def run(main):
 # -------------------------------------------------------------------------------------------------
 # The command line that all stages share
 # -------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the flags)")  # one line, as all the user's errors
+
+
 def argument_parser(description):
     """A parser with the flags that mean the same in every script."""
     wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=110)
-    parser = argparse.ArgumentParser(description=description, formatter_class=wide)
+    parser = Parser(description=description, formatter_class=wide)
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="VOC2012", help=f"{', '.join(DATASETS)}, or a folder in VOC layout, "
-                                          f"with --classes")
+    add("--data", default="VOC2012",
+        help=f"{', '.join(DATASETS)}, or a folder in VOC layout, with --classes")
     add("--classes", metavar="FILE", help="for --data FOLDER: its class names, one a line")
-    add("--data-root", default="data", metavar="DIR", help="holds VOCdevkit/VOC2012 or COCO2014 "
-                                                           "(default data)")
+    add("--data-root", default="data", metavar="DIR",
+        help="holds VOCdevkit/VOC2012 or COCO2014 (default data)")
     add("--limit", type=int, metavar="N", help="use only the first N images of each split")
     add = parser.add_argument_group("machine and output").add_argument
     add("--out", metavar="DIR", help="output folder (default runs/<data>)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda if "
-                                                                                 "there is one")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default cuda if there is one")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of matrix products; auto: bfloat16 where the device has it natively")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="processes that "
-                                                                                "load images")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+        help="processes that load images")
     add("--seed", type=int, default=0)
-    add("--deterministic", action="store_true", help="on CUDA: the same bits again (a CPU always "
-                                                     "gives them)")
+    add("--deterministic", action="store_true",
+        help="on CUDA: the same bits again (a CPU always gives them)")
     return parser
 
 
 def resuming_arguments(parser):
-    add = parser.add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on where an interrupted run stopped")
     add("--overwrite", action="store_true", help="replace what an earlier run wrote")
 

@@ -123,7 +123,8 @@ def target_of(dataset, name, size, other):
     """An image's ground truth (H, W) as a tensor; other: the file whose (H, W) it must equal."""
     mask = dataset.mask(name)
     if mask.shape != tuple(size):
-        raise ValueError(f"{name}: the ground truth is {mask.shape[0]} x {mask.shape[1]} pixels, "
+        raise ValueError(f"{dataset.mask_path(name)}: the ground truth is {mask.shape[0]} x "
+                         f"{mask.shape[1]} pixels, "
                          f"{other} {size[0]} x {size[1]} "
                          f"(a photograph turned upright by its EXIF orientation needs its mask "
                          f"upright too)")
@@ -162,6 +163,8 @@ def evaluate_masks(dataset, folder, pseudo=False):
         confusion += own
         each[name] = scores(own)["miou"]
     need_classes(confusion.sum(1) + unlabelled, dataset)
+    if not confusion.any():
+        raise ValueError(f"the masks in {folder} decide on no pixel: there is nothing to score")
     return confusion, unlabelled, each
 
 
@@ -198,7 +201,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
         target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name))
         labels = dataset.label_vector(name)[None].to(device)
-        shrunk = data.shrink(pixels, args.max_side).to(device)
+        shrunk = data.shrink(pixels, args.max_side or 50 * model.patch).to(device)
 
         def observe(output):
             states.append(layer_state(output, labels))
@@ -279,14 +282,15 @@ def draw_pipeline(path, dataset, names, args, device):
     runs = {"": args.out} if args.before is None else {"plain": args.before, "AReAM": args.out}
     models = {}
     for run, out in runs.items():
-        models[run], _ = refine.load_classifier(out / "cls" / "last.pt", dataset, device)
+        classifier = out / "cls" / "last.pt"
+        models[run], _ = refine.load_classifier(classifier, dataset, device, data.same_data(args))
     predicted = args.out / "pred" / args.split
     has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
     rows = []
     for name in names:
         pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
         photo, row = pixels.permute(1, 2, 0).numpy(), {}
-        shrunk = data.shrink(pixels, args.max_side).to(device)
+        shrunk = data.shrink(pixels, args.max_side or 50 * models[run].patch).to(device)
         row["photo"] = photo
         for run, model in models.items():
             variants = {"raw": (), "refined": tuple(range(len(model.blocks)))}
@@ -372,7 +376,7 @@ def draw_layers(path, model, dataset, records, args, device):
     pixels = TF.pil_to_tensor(dataset.image(name))
     photo = pixels.permute(1, 2, 0).numpy()
     variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
-    shrunk = data.shrink(pixels, args.max_side).to(device)
+    shrunk = data.shrink(pixels, args.max_side or 50 * model.patch).to(device)
     cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants, observe=seen.append,
                             precision=args.precision)
     P = seen[0].cam[0, 0].numel()
@@ -508,17 +512,18 @@ def print_study(path):
     percent.
 
     Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
-    "entropy ~ mIoU": rank_correlation. "gain, paired": of all layers over the question's first
-    row, seed by seed, ± standard error.
+    "entropy ~ mIoU": rank_correlation. "gain, paired": of all layers over the row
+    "none", seed by seed, ± standard error.
     """
     records = data.read_json(path, "make it with  results/toy.sh  or  results/voc.sh")
     questions = {}
     for record in records:
-        question, row = record["row"].split("/")
+        question, _, row = record["row"].partition("/")
         questions.setdefault(question, {}).setdefault(row, []).append(record)
     for question, rows in questions.items():
         reference = rows.get("none", [])
-        cells = {row: study_columns(runs, reference) for row, runs in rows.items()}
+        ordered = sorted(rows, key=lambda row: (row != "none", row))
+        cells = {row: study_columns(rows[row], reference) for row in ordered}
         header = list(dict.fromkeys(column for row in cells.values() for column in row))
         print(f"\n**{question}**\n")
         table = [[row, *(own.get(column, "") for column in header)] for row, own in cells.items()]
@@ -667,16 +672,16 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--what", required=True, choices=WHAT)
     add("--split", help="default val for pred, pictures and demo, test for submission, else train")
-    add("--before", type=Path, metavar="OUT", help="the --out of the plain classifier, for "
-                                                   "layers, pictures and demo")
-    add("--records", type=Path, metavar="JSON", help="for study: gather the runs under --out in "
-                                                     "this file, and print it")
-    add("--worst", type=int, default=0, metavar="N", help="for pseudo and pred: also draw the N "
-                                                          "worst images")
-    add("--images", type=int, default=8, metavar="N", help="how many images pictures and demo "
-                                                           "show (default 8)")
-    add("--deep-from", type=int, metavar="L", help="for layers: first deep layer (default: the "
-                                                   "checkpoint's)")
+    add("--before", type=Path, metavar="OUT",
+        help="the --out of the plain classifier, for layers, pictures and demo")
+    add("--records", type=Path, metavar="JSON",
+        help="for study: gather the runs under --out in this file, and print it")
+    add("--worst", type=int, default=0, metavar="N",
+        help="for pseudo and pred: also draw the N worst images")
+    add("--images", type=int, default=8, metavar="N",
+        help="how many images pictures and demo show (default 8)")
+    add("--deep-from", type=int, metavar="L",
+        help="for layers: first deep layer (default: the checkpoint's)")
     refine.refining_arguments(parser)
     args = parser.parse_args(argv)
     args.split = args.split or OTHER_SPLITS.get(args.what, "train")
@@ -696,7 +701,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if args.what == "study":
-        if args.out and Path(args.out).is_dir():
+        if args.out:
             gather(Path(args.out), args.records)
         return print_study(args.records)
     device = data.start(args)

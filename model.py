@@ -269,9 +269,7 @@ def load_pretrained(model, source):
         found, name = source, "the given state dict"
     else:
         found, name = read_weights(source, model.preset), source
-    for key in ("model", "state_dict"):
-        found = found.get(key, found)
-    found = {key.removeprefix("module."): value for key, value in found.items()}
+    found = plain_weights(found)
     own = model.state_dict()
     remedy = "give the DeiT file of that size, another --preset, or --pretrained none"
     if "dist_token" in found:
@@ -302,6 +300,14 @@ def load_pretrained(model, source):
     model.load_state_dict(weights)
 
 
+def plain_weights(found):
+    """A state dict without what training programs put around it: "model", "state_dict", "module.".
+    """
+    for key in ("model", "state_dict"):
+        found = found.get(key, found)
+    return {key.removeprefix("module."): value for key, value in found.items()}
+
+
 def read_weights(source, preset):
     """The state dict in a file, or of "auto" the public one of the preset, read without running
     any code in it.
@@ -319,8 +325,8 @@ def read_weights(source, preset):
                 f"its path with "
                 f"--pretrained PATH, or start from scratch with --pretrained none") from error
     if not Path(source).is_file():
-        raise FileNotFoundError(f"no weights at {source}: give a DeiT .pth file, 'auto' or 'none' "
-                                f"with --pretrained")
+        raise FileNotFoundError(f"no weights at {source}: give a file of ImageNet weights, "
+                                f"auto or none with --pretrained")
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors alike

@@ -304,17 +304,17 @@ def load_classifier(path, dataset, device, options=""):
 # -------------------------------------------------------------------------------------------------
 def refining_arguments(parser):
     add = parser.add_argument_group("CAM and random walk").add_argument
-    add("--scales", type=float, nargs="+", default=[1.0], help="of the image, each with its "
-                                                               "mirror image (default 1)")
+    add("--scales", type=float, nargs="+", default=[1.0],
+        help="of the image, each with its mirror image (default 1)")
     add("--beta", type=float, default=1.0, help="random walk: power of the affinity (default 1)")
-    add("--steps", type=int, default=1, help="random walk: number of steps (default 1, the plain "
-                                             "propagation)")
-    add("--max-side", type=int, default=800, metavar="PX", help="shrink larger photographs "
-                                                                "(default 800)")
+    add("--steps", type=int, default=1,
+        help="random walk: number of steps (default 1, the plain propagation)")
+    add("--max-side", type=int, metavar="PX",
+        help="shrink larger photographs (default: 50 patches, 800 px for DeiT)")
 
 
 def check_refining(args):
-    if min(args.scales) <= 0 or args.max_side < 16:
+    if min(args.scales) <= 0 or (args.max_side or 16) < 16:
         raise ValueError(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at "
                          f"least 16 px")
 
@@ -323,29 +323,28 @@ def parse_args(argv=None):
     parser = data.argument_parser(__doc__)
     data.resuming_arguments(parser)
     parser.add_argument("--split", help="default trainaug of VOC2012, else train")
-    parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH", help="refine these "
-                                                                               "photographs "
-                                                                               "(files, folders) "
-                                                                               "instead")
-    parser.add_argument("--labels", metavar="A,B", help="for --photos: the classes they show "
-                                                        "(default: what the classifier believes)")
-    parser.add_argument("--profile", type=data.profile_steps, metavar="N", help="time N images "
-                                                                                "and write "
-                                                                                "nothing")
+    parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
+                        help="refine these photographs (files, folders) instead")
+    parser.add_argument("--labels", metavar="A,B",
+                        help="for --photos: the classes they show (default: what the classifier "
+                             "believes)")
+    parser.add_argument("--profile", type=data.profile_steps, metavar="N",
+                        help="time N images and write nothing")
     refining_arguments(parser)
     add = parser.add_argument_group("pseudo-masks").add_argument
-    add("--layers", default="all", help="whose mean affinity refines: all (default), none, like "
-                                        "0-6, or entropy: all, times 1 - e")
+    add("--layers", default="all",
+        help="whose mean affinity refines: all (default), none, like 0-6, or entropy: all, times "
+             "1 - e")
     add("--low", type=float, default=0.35, help="low background score (default 0.35)")
-    add("--high", type=float, default=0.55, help="high background score; between the two lies the "
-                                                 "band of 255 (default 0.55)")
-    add("--par-iterations", type=int, default=ITERATIONS, metavar="N", help="of the "
-                                                                            "pixel-adaptive "
-                                                                            "refinement (default "
-                                                                            "10)")
+    add("--high", type=float, default=0.55,
+        help="high background score; between the two lies the band of 255 (default 0.55)")
+    add("--par-iterations", type=int, default=ITERATIONS, metavar="N",
+        help="of the pixel-adaptive refinement (default 10)")
     args = parser.parse_args(argv)
     args.split = args.split or data.training_split(args.data)
     check_refining(args)
+    if args.labels and not args.photos:
+        parser.error("--labels goes with --photos; the labels of a data set come with it")
     return args
 
 
@@ -353,7 +352,7 @@ def refine_image(model, pixels, class_ids, args):
     """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W), both on
     the device.
     """
-    shrunk = data.shrink(pixels, args.max_side)
+    shrunk = data.shrink(pixels, args.max_side or 50 * model.patch)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     with record_function("CAM"):
         cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps,

@@ -24,49 +24,45 @@ DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epoch
                 pretrained="auto", augment="release", drop_path=0.1, deep_from=7,
                 affinity_weight=0.1)
 RECIPES = {  # what other data sets need instead
-    "toy": dict(preset="toy", size=64, batch=16, epochs=15, warmup_epochs=8, pretrained="none",
-                augment="jitter", deep_from=2, affinity_weight=2.0, drop_path=0.0, lr=1e-3),
+    "toy": dict(preset="toy", size=64, batch=16, epochs=10, warmup_epochs=5, pretrained="none",
+                augment="jitter", deep_from=2, affinity_weight=4.0, drop_path=0.0, lr=1e-3),
 }
 
 
 def parse_args(argv=None):
     parser = data.argument_parser(__doc__)
     data.resuming_arguments(parser)
-    parser.add_argument("--download", action="store_true", help="fetch VOC2012 (2 GB) or COCO2014 "
-                                                                "(20 GB) first, if it is not "
-                                                                "there")
-    parser.add_argument("--profile", type=data.profile_steps, metavar="N", help="time N steps, "
-                                                                                "plain and AReAM, "
-                                                                                "and write "
-                                                                                "nothing")
+    parser.add_argument("--download", action="store_true",
+                        help="fetch VOC2012 (2 GB) or COCO2014 (20 GB) first, if it is not there")
+    parser.add_argument("--profile", type=data.profile_steps, metavar="N",
+                        help="time N steps, plain and AReAM, and write nothing")
 
     add = parser.add_argument_group("model").add_argument
-    add("--preset", choices=vit.PRESETS, help="default deit_small, the paper's; toy for --data "
-                                              "toy")
-    add("--depth", type=int, metavar="N", help="use the first N blocks only (the paper studies 6, "
-                                               "8, 10, 12)")
-    add("--pretrained", metavar="auto|none|PATH", help="auto: download DeiT's ImageNet-1k weights "
-                                                       "(default); none: from scratch")
+    add("--preset", choices=vit.PRESETS,
+        help="default deit_small, the paper's; toy for --data toy")
+    add("--depth", type=int, metavar="N",
+        help="use the first N blocks only (the paper studies 6, 8, 10, 12)")
+    add("--pretrained", metavar="auto|none|PATH",
+        help="auto: download DeiT's ImageNet-1k weights (default); none: from scratch")
     add("--drop-path", type=float, metavar="P", help="default 0.1; toy 0")
 
     add = parser.add_argument_group("training").add_argument
     add("--split", help="default trainaug of VOC2012, else train")
-    add("--branch-from", metavar="CKPT", help="go on from another run's checkpoint, with this "
-                                              "run's settings")
-    add("--augment", choices=AUGMENTATIONS, help="release (default): the authors' RandAugment and "
-                                                 "erasing; jitter: of colours (toy)")
+    add("--branch-from", metavar="CKPT",
+        help="go on from another run's checkpoint, with this run's settings")
+    add("--augment", choices=AUGMENTATIONS,
+        help="release (default): the authors' RandAugment and erasing; jitter: of colours (toy)")
     add("--size", type=int, metavar="PX", help="side of a training crop (default 224; toy 64)")
     add("--batch", type=int, help="default 64; toy 16")
-    add("--epochs", type=int, help="default 60; toy 15")
-    add("--warmup-epochs", type=int, metavar="N", help="of these without the AReAM loss (default "
-                                                       "10; toy 8)")
+    add("--epochs", type=int, help="default 60; toy 10")
+    add("--warmup-epochs", type=int, metavar="N",
+        help="of these without the AReAM loss (default 10; toy 5)")
     add("--lr", type=float, help="default 5e-4 * batch / 512; toy 1e-3")
     add("--weight-decay", type=float, default=0.05, metavar="D", help="default 0.05")
 
     add = parser.add_argument_group("AReAM").add_argument
-    add("--reactivation", choices=aream.REACTIVATION, default="entropy", help="default entropy; "
-                                                                              "none: the plain "
-                                                                              "classifier")
+    add("--reactivation", choices=aream.REACTIVATION, default="entropy",
+        help="default entropy; none: the plain classifier")
     add("--entropy", choices=("online", "static"), default="online",
         help="of each image in each step (default), or averaged once at the end of the warm-up "
              "(release)")
@@ -74,13 +70,13 @@ def parse_args(argv=None):
         help="every layer guides and is supervised (default), or those below --deep-from guide "
              "the others (release)")
     add("--deep-from", type=int, metavar="L", help="first deep layer, 0-based (default 7; toy 2)")
-    add("--affinity-weight", type=float, metavar="W", help="of the AReAM loss (default 0.1; toy "
-                                                           "2)")
+    add("--affinity-weight", type=float, metavar="W",
+        help="of the AReAM loss (default 0.1; toy 4)")
     add("--labels", choices=("two-views", "shared"), default="two-views",
         help="from an extra pass over image and mirror image (default), or from the training pass "
              "itself")
-    add("--low", type=float, default=0.35, help="low background score of the pseudo-label "
-                                                "(default 0.35)")
+    add("--low", type=float, default=0.35,
+        help="low background score of the pseudo-label (default 0.35)")
     add("--high", type=float, default=0.55, help="high background score (default 0.55)")
     args = parser.parse_args(argv)
 
@@ -414,6 +410,7 @@ def main(argv=None):
         static = None
         if args.entropy == "static" and args.reactivation != "none" and epoch >= args.warmup_epochs:
             if entropy is None:
+                loader.sampler.set_epoch(epoch)  # the same crops in a resumed run
                 entropy = mean_entropy(model, loader, args.precision, device).cpu()
             static = entropy.to(device)
         try:

@@ -36,7 +36,7 @@ BACKBONE_WEIGHTS = {  # ImageNet classification; torchvision's segmentation weig
 RECIPES = {  # defaults by kind of backbone; toy has its own
     "cnn": dict(size=321, batch=16, epochs=30, lr=0.01),
     "vit": dict(size=320, batch=16, epochs=30, lr=6e-5),
-    "toy": dict(size=64, batch=16, epochs=6, lr=2e-4),
+    "toy": dict(size=64, batch=16, epochs=6, lr=5e-4),
 }
 
 
@@ -47,27 +47,27 @@ def parse_args(argv=None):
                         help="segment these photographs (files, folders) with the trained model, "
                              "and do nothing else")
     add = parser.add_argument_group("model").add_argument
-    add("--arch", choices=ARCHITECTURES, metavar="NAME", help=f"{', '.join(ARCHITECTURES)} "
-                                                              f"(default the first; toy the last)")
+    add("--arch", choices=ARCHITECTURES, metavar="NAME",
+        help=f"{', '.join(ARCHITECTURES)} (default the first; toy the last)")
     add("--pretrained", metavar="auto|none|PATH", default="auto",
         help="auto (default): ImageNet backbone of torchvision, or <out>/cls/last.pt for "
              "deeplabv3_vit")
     add = parser.add_argument_group("training").add_argument
     add("--split", help="default trainaug of VOC2012, else train")
     add("--masks", type=Path, metavar="DIR", help="pseudo-masks (default <out>/pseudo)")
-    add("--size", type=int, metavar="PX", help="side of a training crop (default 321, ViT 320, "
-                                               "toy 64)")
+    add("--size", type=int, metavar="PX",
+        help="side of a training crop (default 321, ViT 320, toy 64)")
     add("--batch", type=int, help="default 16")
     add("--epochs", type=int, help="default 30; toy 6")
-    add("--lr", type=float, help="of the backbone; the head has ten times as much. SGD for CNNs, "
-                                 "AdamW for the ViT")
+    add("--lr", type=float,
+        help="of the backbone; the head has ten times as much. SGD for CNNs, AdamW for the ViT")
     add = parser.add_argument_group("prediction").add_argument
-    add("--predict-split", default="val", metavar="SPLIT", help="split to predict after training "
-                                                                "(default val)")
-    add("--scales", type=float, nargs="+", help="default 0.5 0.75 1 1.25 1.5, each with its "
-                                                "mirror image; toy 1")
-    add("--max-side", type=int, default=1024, metavar="PX", help="shrink larger photographs "
-                                                                 "(default 1024)")
+    add("--predict-split", default="val", metavar="SPLIT",
+        help="split to predict after training (default val)")
+    add("--scales", type=float, nargs="+",
+        help="default 0.5 0.75 1 1.25 1.5, each with its mirror image; toy 1")
+    add("--max-side", type=int, metavar="PX",
+        help="shrink larger photographs (default 1024; ViT 64 patches)")
     args = parser.parse_args(argv)
 
     args.split = args.split or data.training_split(args.data)
@@ -76,12 +76,13 @@ def parse_args(argv=None):
     for key, value in RECIPES["toy" if args.data == "toy" else kind].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    args.scales = args.scales or ([1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5])
+    if args.scales is None and not args.photos:  # for photographs: those of the trained model
+        args.scales = [1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5]
     if args.epochs < 1 or args.batch < 2:
         parser.error(f"--epochs {args.epochs} --batch {args.batch}: at least one epoch, and two "
                      f"images a batch "
                      f"(DeepLab's batch normalisation of pooled features needs them)")
-    if min(args.scales) <= 0 or args.max_side < 16:
+    if min(args.scales or [1]) <= 0 or (args.max_side or 16) < 16:
         parser.error(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at "
                      f"least 16 px")
     return args
@@ -211,7 +212,7 @@ def load_backbone(net, arch, source):
                                     f"give its path with --pretrained PATH, or use --pretrained "
                                     f"none") from error
     else:
-        found = vit.read_weights(source, arch)
+        found = vit.plain_weights(vit.read_weights(source, arch))
     own = net.backbone.state_dict()
     if arch.startswith("deeplabv3_mobilenet_v3"):  # layers are 0, 1, ... here, features.0 ... there
         found = {k.removeprefix("features."): v for k, v in found.items()}
@@ -320,6 +321,26 @@ def restore(net, optimizer, args, dataset, folder, classifier):
     return 0
 
 
+def largest_side(args, multiple):
+    """Pixels beyond which a photograph is shrunk: --max-side, or 1024, or 64 patches of a ViT."""
+    return args.max_side or (1024 if multiple == 1 else 64 * multiple)
+
+
+def check_masks(dataset, masks, options):
+    """Raises an error where a folder holds no masks to train on: none, ground truth, or no class.
+    """
+    data.need_files(masks, dataset.ids, ".png", f"python refine.py {options}")
+    if is_ground_truth(dataset, masks):
+        raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly "
+                         f"supervised; give the pseudo-masks of refine.py")
+    for name in dataset.ids[:200]:
+        mask = data.read_mask(masks / f"{name}.png", len(dataset.classes))
+        if ((mask > 0) & (mask != data.IGNORE)).any():
+            return
+    raise ValueError(f"the masks in {masks} show no class: write class k as k, {data.IGNORE} is "
+                     f"undecided")
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
@@ -330,13 +351,8 @@ def main(argv=None):
     # data
     dataset = data.open_split(args, args.split)
     target = data.open_split(args, args.predict_split, like=dataset)
-    data.need_files(masks, dataset.ids, ".png",
-                    f"python refine.py {data.same_data(args)} --split {args.split} --out "
-                    f"{data.quoted(args.out)}")
-    if is_ground_truth(dataset, masks):
-        raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly "
-                         f"supervised; give the "
-                         f"pseudo-masks of refine.py")
+    check_masks(dataset, masks, f"{data.same_data(args)} --split {args.split} --out "
+                                f"{data.quoted(args.out)}")
     samples = SegmentationSet(dataset, masks, args.size)
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
 
@@ -396,7 +412,7 @@ def main(argv=None):
     share = target.ids[data.rank()::data.world()]
     todo = [n for n in share if not (predictions / f"{n}.png").is_file()]
     for count, (name, pixels) in enumerate(data.photographs(target, todo, args.workers, device), 1):
-        shrunk = data.shrink(pixels, args.max_side).to(device)
+        shrunk = data.shrink(pixels, largest_side(args, multiple)).to(device)
         mask = predict(net, shrunk, args.scales, multiple, args.precision).cpu()
         mask = data.enlarge(mask, pixels.shape[-2:])
         data.write_mask(predictions / f"{name}.png", mask.numpy())
@@ -419,8 +435,9 @@ def segment_photos(args, device):
 
     for path in data.photo_files(args.photos):
         pixels = TF.pil_to_tensor(data.read_image(path))
-        shrunk = data.shrink(pixels, args.max_side).to(device)
-        mask = predict(net, shrunk, config["scales"], multiple, args.precision).cpu()
+        shrunk = data.shrink(pixels, largest_side(args, multiple)).to(device)
+        mask = predict(net, shrunk, args.scales or config["scales"], multiple,
+                       args.precision).cpu()
         mask = data.enlarge(mask, pixels.shape[-2:]).numpy()
         values = [value for value in np.unique(mask).tolist() if value]
         names = {value: ("background", *classes)[value] for value in values}

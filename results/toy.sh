@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# The study on toy:  [SEEDS="0 1 2 3 4"] bash results/toy.sh   (about ... minutes a seed; writes results/toy.json)
+# The study on toy:  [SEEDS="0 1 2 3 4"] bash results/toy.sh   Writes results/toy.json; runs go to runs/study-toy.
 OUT=runs/study-toy
 SEEDS=${SEEDS:-0 1 2 3 4}
-DATA="--data toy"
-SCORE="--limit 300"
-MASKS=""
+DATA=(--data toy)
+SCORE=(--limit 300)
+MASKS=(--split train)
 source "$(dirname "$0")/common.sh"
-WARM="--branch-from $OUT/reactivation/none/@/cls/warmup.pt"
+WARM=(--branch-from "$OUT/reactivation/none/%SEED%/cls/warmup.pt")
 
 # Does AReAM repair the deep layers, with which weights?
 row reactivation/none --reactivation none
-row reactivation/uniform $WARM --reactivation uniform
-row reactivation/entropy $WARM
+row reactivation/uniform "${WARM[@]}" --reactivation uniform
+row reactivation/entropy "${WARM[@]}"
 
 # Does it reach masks and segmentation?
 deeplab deeplab/none reactivation/none
 deeplab deeplab/uniform reactivation/uniform
 deeplab deeplab/entropy reactivation/entropy
 
-$PYTHON evaluate.py --what study --out $OUT --records results/toy.json
+"$PYTHON" evaluate.py --what study --out $OUT --records results/toy.json
