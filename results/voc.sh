@@ -22,6 +22,11 @@ row schedule/uniform-split "${THIRTY[@]}" "${WARM[@]}" --reactivation uniform --
 row schedule/entropy-split "${THIRTY[@]}" "${WARM[@]}" --entropy static --coupling split --labels shared
 row schedule/entropy-all   "${THIRTY[@]}" "${WARM[@]}" --labels shared
 
+# Six more epochs after the 30: AReAM on a classifier that has converged
+MORE=("${TINY[@]}" --epochs 36 --warmup-epochs 30 --branch-from "$OUT/schedule/none/%SEED%/cls/last.pt")
+row more/none          "${MORE[@]}" --reactivation none
+row more/uniform-split "${MORE[@]}" --reactivation uniform --coupling split --labels shared
+
 # Does it reach masks and segmentation?
 VIT=(--arch deeplabv3_vit --size 224 --epochs 5 --scales 1)
 deeplab deeplab/none          schedule/none          "${VIT[@]}"
