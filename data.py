@@ -1,8 +1,8 @@
 """Data sets, the files of a run, and what the stages share: processes, flags, errors.
 
 Image labels come from annotation lists (XML, CSV, JSON), never from masks; masks are ground truth,
-for evaluate.py alone. Whatever is wrong with a file or a flag ends in one line that names it, the
-reason and the remedy.
+for evaluate.py alone (train_seg.py looks, to refuse them). Whatever is wrong with a file or a flag
+ends in one line that names it, the reason and the remedy.
 """
 import argparse
 import atexit
@@ -414,7 +414,7 @@ class COCO(ImageSet):
         """Rasterise what is not cached yet, in worker processes; masks of another annotation file
         are made again.
         """
-        folder, content = Path(self.cache) / self.split, {"annotations": fingerprint(self.source)}
+        folder, content = Path(self.cache) / self.split, {"annotations": file_digest(self.source)}
         made_from = folder / "made_from.json"
         if folder.is_dir() and not made_from.is_file():
             raise ValueError(f"{folder} is needed for rasterised masks, and holds something else: "
@@ -1035,7 +1035,7 @@ def read_checkpoint(path, stage, dataset=None, options="--data VOC2012"):
     return checkpoint
 
 
-def fingerprint(path):
+def file_digest(path):
     """What a file's content is recognised by: the first 16 digits of its SHA-256."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
@@ -1064,7 +1064,7 @@ def prepare_folder(folder, args, dataset, **made_from):
     settings["class_names"] = list(dataset.classes)
     settings["made_from"] = {"images and labels": dataset.fingerprint()}
     for what, path in made_from.items():
-        settings["made_from"][what.replace("_", "-")] = fingerprint(path)
+        settings["made_from"][what.replace("_", "-")] = file_digest(path)
     used = folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir())
     if used and args.resume and not (folder / "args.json").is_file():
         raise ValueError(f"--resume in {folder}, which has no args.json: replace it with "

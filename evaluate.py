@@ -7,9 +7,10 @@ Reads  ground truth (nothing else does) and what --what names:
        demo                table and pictures of two finished runs, --before (plain) and --out
        study               the records of many runs, as tables (--records)
        submission          <out>/pred/<split> packed for the VOC server
-Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png, worst.png}.
+Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png, demo.png,
+       worst.png, comp6_<split>_cls.tgz}; COCO's masks, once rasterised, to <out>/masks.
 Run    python evaluate.py --data VOC2012 --what pred
-Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: EXPECT images/s.
+Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
 """
 import math
 import tarfile
@@ -533,7 +534,7 @@ def print_study(path):
 # -------------------------------------------------------------------------------------------------
 # One function for each --what: dataset, args, device -> its record
 # -------------------------------------------------------------------------------------------------
-def title(args, dataset):
+def heading(args, dataset):
     return f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
 
 
@@ -552,7 +553,7 @@ def score_cams(dataset, args, device):
     counts = evaluate_cams(dataset, folder)
     record = summarise(counts)
     record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
-    print(f"{title(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold "
+    print(f"{heading(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold "
           f"{FIXED_THRESHOLD}; best {record['best']:.1f} at "
           f"{record['best_threshold']:.2f}, chosen with pixel labels")
     print_classes(dataset, scores(curve(counts)[FIXED]))
@@ -566,7 +567,7 @@ def score_pseudo_masks(dataset, args, device):
     confusion, unlabelled, each = evaluate_masks(dataset, folder, pseudo=True)
     labelled, every = scores(confusion), scores(confusion, unlabelled)
     undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
-    print(f"{title(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, "
+    print(f"{heading(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, "
           f"{100 * every['miou']:.1f} over all "
           f"({100 * undecided:.1f} % undecided)")
     print_classes(dataset, labelled)
@@ -582,7 +583,7 @@ def score_predictions(dataset, args, device):
                f"train_seg.py --resume --predict-split {args.split} <its other settings>")
     confusion, _, each = evaluate_masks(dataset, folder)
     result = scores(confusion)
-    print(f"{title(args, dataset)}: mIoU {100 * result['miou']:.1f}")
+    print(f"{heading(args, dataset)}: mIoU {100 * result['miou']:.1f}")
     print_classes(dataset, result)
     if args.worst:
         draw_worst(dataset, folder, each, args.worst, args.out / "worst.png")
@@ -594,7 +595,7 @@ def score_layers(dataset, args, device):
     model, config = refine.load_classifier(classifier, dataset, device, data.same_data(args))
     deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
     table, state = evaluate_layers(dataset, model, deep_from, args, device)
-    print(f"{title(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
+    print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
     print_layers(table, state, deep_from)
 
     record = {"scales": args.scales, "beta": args.beta, "steps": args.steps, "table": table,

@@ -21,11 +21,10 @@ import model as vit
 from refine import present_classes, pseudo_label
 
 DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10,
-                pretrained="auto", augment="release", drop_path=0.1, deep_from=7,
-                affinity_weight=0.1)
+                pretrained="auto", drop_path=0.1, deep_from=7, affinity_weight=0.1)
 RECIPES = {  # what other data sets need instead
     "toy": dict(preset="toy", size=64, batch=16, epochs=10, warmup_epochs=5, pretrained="none",
-                augment="jitter", deep_from=2, affinity_weight=4.0, drop_path=0.0, lr=1e-3),
+                deep_from=2, affinity_weight=4.0, drop_path=0.0, lr=1e-3),
 }
 
 
@@ -50,8 +49,8 @@ def parse_args(argv=None):
     add("--split", help="default trainaug of VOC2012, else train")
     add("--branch-from", metavar="CKPT",
         help="go on from another run's checkpoint, with this run's settings")
-    add("--augment", choices=AUGMENTATIONS,
-        help="release (default): the authors' RandAugment and erasing; jitter: of colours (toy)")
+    add("--augment", choices=AUGMENTATIONS, default="jitter",
+        help="crops and colour jitter (default), or as the release: RandAugment, erasing")
     add("--size", type=int, metavar="PX", help="side of a training crop (default 224; toy 64)")
     add("--batch", type=int, help="default 64; toy 16")
     add("--epochs", type=int, help="default 60; toy 10")

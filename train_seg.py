@@ -373,7 +373,9 @@ def main(argv=None):
         torch.backends.cudnn.benchmark = not args.deterministic
     optimizer = make_optimizer(net, args)
     first = restore(net, optimizer, args, dataset, folder, classifier)
-    made_from = {"pseudo_masks": masks / "args.json"} if (masks / "args.json").is_file() else {}
+    made_from = {"classifier": path} if classifier else {}
+    if (masks / "args.json").is_file():
+        made_from["pseudo_masks"] = masks / "args.json"
     predictions = args.out / "pred" / args.predict_split
     outdated = first == 0 and predictions.parent.is_dir()  # made by an earlier model
     if outdated and not args.overwrite:

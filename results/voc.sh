@@ -9,7 +9,8 @@ SCORE=(--limit 400)
 MASKS=(--limit 500)
 source "$(dirname "$0")/common.sh"
 TINY=(--preset deit_tiny --pretrained "${DEIT_TINY:-auto}" --batch 16 --lr 3e-4)
-THIRTY=("${TINY[@]}" --epochs 30 --warmup-epochs 10)
+RELEASE=("${TINY[@]}" --augment release)
+THIRTY=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10)
 WARM=(--branch-from "$OUT/schedule/none/%SEED%/cls/warmup.pt")
 
 # Which crops? (10 epochs, the plain classifier)
@@ -23,7 +24,7 @@ row schedule/entropy-split "${THIRTY[@]}" "${WARM[@]}" --entropy static --coupli
 row schedule/entropy-all   "${THIRTY[@]}" "${WARM[@]}" --labels shared
 
 # Six more epochs after the 30: AReAM on a classifier that has converged
-MORE=("${TINY[@]}" --epochs 36 --warmup-epochs 30 --branch-from "$OUT/schedule/none/%SEED%/cls/last.pt")
+MORE=("${RELEASE[@]}" --epochs 36 --warmup-epochs 30 --branch-from "$OUT/schedule/none/%SEED%/cls/last.pt")
 row more/none          "${MORE[@]}" --reactivation none
 row more/uniform-split "${MORE[@]}" --reactivation uniform --coupling split --labels shared
 
@@ -33,9 +34,9 @@ deeplab deeplab/none          schedule/none          "${VIT[@]}"
 deeplab deeplab/uniform-split schedule/uniform-split "${VIT[@]}"
 
 # Do deep layers over-smooth at other depths? (Figure 1)
-row depth/6  "${TINY[@]}" --epochs 10 --reactivation none --depth 6 --deep-from 4
-row depth/8  "${TINY[@]}" --epochs 10 --reactivation none --depth 8 --deep-from 5
-row depth/10 "${TINY[@]}" --epochs 10 --reactivation none --depth 10 --deep-from 6
+row depth/6  "${RELEASE[@]}" --epochs 10 --reactivation none --depth 6 --deep-from 4
+row depth/8  "${RELEASE[@]}" --epochs 10 --reactivation none --depth 8 --deep-from 5
+row depth/10 "${RELEASE[@]}" --epochs 10 --reactivation none --depth 10 --deep-from 6
 
 # How is the seed refined best? (beta 1.000001: one step, rows normalised)
 score walk/2-steps      schedule/none --steps 2
@@ -44,7 +45,7 @@ score walk/normalised   schedule/none --beta 1.000001
 score walk/three-scales schedule/none --scales 0.5 1 1.5
 
 # Does bfloat16 change anything? (3 epochs)
-SHORT=("${TINY[@]}" --epochs 3 --warmup-epochs 1 --coupling split)
+SHORT=("${RELEASE[@]}" --epochs 3 --warmup-epochs 1 --coupling split)
 row precision/none-float32     "${SHORT[@]}" --reactivation none --precision float32
 row precision/none-bfloat16    "${SHORT[@]}" --reactivation none --precision bfloat16
 row precision/uniform-float32  "${SHORT[@]}" --reactivation uniform --precision float32
