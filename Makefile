@@ -10,6 +10,8 @@ endif
 
 .PHONY: demo test speed gpu clean
 
+# one thread, which rounds the same anywhere
+demo: export OMP_NUM_THREADS = 1
 demo: .venv/ready
 	$(PY) train_cls.py --data toy --reactivation none --out runs/toy/plain --overwrite $(TRAIN)
 	$(PY) train_cls.py --data toy --branch-from runs/toy/plain/cls/warmup.pt --overwrite $(TRAIN)

@@ -817,7 +817,7 @@ def test_batched_par_equals_one_image_at_a_time():
 
 
 def test_the_classification_loss_learns():
-    """Ratio of last to first loss over seeds 0-5, one and two threads: LEARN_CLS."""
+    """Ratio of last to first loss over seeds 0-5, one and two threads: 0.06 to 0.25."""
     _, pixels, labels = toy_batch(8)
     model = vit.build("toy", 6, depth=4)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
@@ -832,13 +832,13 @@ def test_the_classification_loss_learns():
 
 def test_the_affinity_loss_learns():
     """Fixed labels, from the toy masks. Ratio of last to first loss over seeds 0-5, one and two
-    threads: LEARN_AFF.
+    threads: 0.50 to 0.62.
     """
     dataset, pixels, _ = toy_batch(8)
     masks = torch.stack([torch.from_numpy(dataset.mask(n)) for n in dataset.ids])
     label, w_hat = aream.affinity_label(masks, (8, 8)), torch.ones(4)
     model = vit.build("toy", 6, depth=4)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for _ in range(30):
         losses.append(
             aream.aream_loss(
