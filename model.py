@@ -198,11 +198,11 @@ class ViT(nn.Module):
         """
         x, grid, affinity, logits = self.tokens(images, capture)
         class_tokens, patch_tokens = x.split([self.num_classes, grid[0] * grid[1]], dim=1)
-        patch_map = self.head(patch_tokens.transpose(1, 2).unflatten(2, grid))  # (B, C, gh, gw)
+        patch_map = self.head(patch_tokens.transpose(1, 2).unflatten(2, grid)).float()  # (B, C, gh, gw)
         return ViTOutput(
             class_logits=class_tokens.mean(-1),
             patch_logits=patch_map.mean((-2, -1)),
-            cam=patch_map.detach().float().relu(),
+            cam=patch_map.detach().relu(),
             affinity=affinity,
             affinity_logits=logits,
         )
