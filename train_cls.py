@@ -212,6 +212,7 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
         with record_function("label pass"):
             views = label_pass(model, pixels, args.precision)
         label, w_hat, _ = make_labels(views, *settings)
+        del views  # its affinities, before the training pass needs the memory
     with record_function("forward"), data.autocast(pixels.device, args.precision):
         output = model(data.normalise(pixels), True if shared else "logits" if active else False)
     if shared:
