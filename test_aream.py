@@ -2854,23 +2854,20 @@ def gpu_table(device, folder, tiny):
 
     # 5. a run; 6. the same bits; 7. one process of torchrun
     short = ["--epochs", "2", "--warmup-epochs", "1", "--limit", "32"] if tiny else []
-    if REAL and not tiny:
+    if REAL:
         voc = ["--data", "VOC2012", "--data-root", REAL, "--split", "train", "--device", device]
-        weights = next(Path(REAL).glob("**/deit_tiny*.pth"), "auto")
-        run = [
-            "--preset", "deit_tiny", "--pretrained", weights, "--batch", "64", "--lr", "3e-4",
-            "--epochs", "20", "--warmup-epochs", "10"
-        ]
+        weights = "none" if tiny else next(Path(REAL).glob("**/deit_tiny*.pth"), "auto")
+        run = ["--preset", "deit_tiny", "--pretrained", weights, "--lr", "3e-4", "--batch"]
+        run += ["4", *short] if tiny else ["64", "--epochs", "20", "--warmup-epochs", "10"]
         for row in ("none", "uniform"):
             out = folder / row
             printed, seconds = command("train_cls.py", *voc, *run, "--reactivation", row,
                                        "--coupling", "split", "--out", out)
-            scored, _ = command("evaluate.py", *voc, "--what", "layers", "--limit", 400, "--out",
-                                out)
-            found = re.findall(r"(unrefined|all layers|deep layers)\s+([\d.]+)\s+([\d.]+)",
-                               scored) or scored[-200:]
-            table_row(f"VOC train, DeiT-Tiny, 20 epochs, {row}", f"{seconds / 60:.1f} min; "
-                      f"{found}")
+            scored, _ = command("evaluate.py", *voc, "--what", "layers", "--limit",
+                                4 if tiny else 400, "--out", out)
+            found = re.findall(r"(unrefined|all layers|deep layers)\s+([\d.]+)\s+([\d.]+)", scored)
+            table_row(f"VOC train, DeiT-Tiny, 20 epochs, {row}",
+                      f"{seconds / 60:.1f} min; {found or (printed + scored)[-200:]}")
     same = []
     for turn in "ab":
         command("train_cls.py", "--data", "toy", "--device", device, "--deterministic", "--out",
