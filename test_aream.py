@@ -1237,13 +1237,15 @@ def test_photographs_of_ones_own(own, tmp_path, capsys):
             refine.main([*TINY, "--out", str(own.out), *arguments])
 
 
+def voc_command(root):
+    """The flags of a stage on the VOC below root, that writes to root / "run"."""
+    places = ["--data-root", str(root), "--out", str(root / "run")]
+    return ["--data", "VOC2012", *places, "--workers", "0", "--device", "cpu"]
+
+
 def test_submission_to_the_voc_server(tmp_path):
     voc = make_voc(tmp_path)
-    common = [
-        "--data", "VOC2012", "--data-root",
-        str(tmp_path), "--out",
-        str(tmp_path / "run"), "--workers", "0", "--device", "cpu"
-    ]
+    common = voc_command(tmp_path)
     (voc / "ImageSets" / "Segmentation" / "test.txt").write_text("c\nd\n")
     for folder, suffix in (("Annotations", "xml"), ("SegmentationClass",
                                                     "png")):  # the test archive has neither
@@ -1270,11 +1272,7 @@ def test_submission_to_the_voc_server(tmp_path):
 
 def test_predicting_a_split_without_labels(tmp_path):
     voc = make_voc(tmp_path)
-    common = [
-        "--data", "VOC2012", "--data-root",
-        str(tmp_path), "--out",
-        str(tmp_path / "run"), "--workers", "0", "--device", "cpu"
-    ]
+    common = voc_command(tmp_path)
     (voc / "ImageSets" / "Segmentation" / "test.txt").write_text("e\nf\n")
     for name in "ef":
         shutil.copy(voc / "JPEGImages" / "a.jpg", voc / "JPEGImages" / f"{name}.jpg")
