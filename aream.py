@@ -21,14 +21,12 @@ def patch_block(affinity, patches):
 
 
 def propagate(affinity, cam):
-    """refined[m] = sum_n A[m, n] cam[n]: affinity (B, P, P), cam (B, C, gh, gw) -> (B, C, gh, gw).
-    """
+    """refined[m] = sum_n A[m, n] cam[n]: (B, P, P), (B, C, gh, gw) -> (B, C, gh, gw)."""
     return (cam.flatten(2) @ affinity.transpose(-2, -1)).unflatten(2, cam.shape[-2:])
 
 
 def layer_entropy(cam, affinity, labels):
-    """How widely each layer's affinity spreads the CAM ("entropy-aware": high means
-    over-smoothed).
+    """How widely each layer's affinity spreads the CAM: high means over-smoothed.
 
     cam (B, C, gh, gw) >= 0; affinity: L maps (B, N, N) or (B, P, P); labels (B, C) in {0, 1}.
     Returns (B, L) bits, in [0, log2 P]: H^l = -sum p log2 p with p^l = softmax over patches of the
@@ -43,8 +41,7 @@ def layer_entropy(cam, affinity, labels):
 
 
 def reactivation_weights(entropy, kind="entropy"):
-    """Re-activation weights w (for the guide) and counterpart weights w_hat (for the loss), each
-    (..., L) in [0, 1].
+    """Weights w (re-activation, the guide's) and w_hat (counterpart, the loss's), (..., L).
 
     entropy (..., L) bits. kind "entropy": w_hat = e, w = 1 - e with e the entropy min-max
     normalised over layers (zeros if they tie, within 0.01 bits: rounding would decide otherwise);
@@ -103,9 +100,7 @@ def guided_cam(cam, affinity, w, guide):
 
 
 def normalise_cam(cam, labels):
-    """relu, min-max over the pixels of each class, times the image labels: (B, C, h, w), (B, C) ->
-    [0, 1].
-    """
+    """relu, min-max per class, times the labels: (B, C, h, w), (B, C) -> [0, 1]."""
     cam = cam.relu()
     low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
     return (cam - low) / (high - low).clamp_min(1e-12) * labels[..., None, None]
@@ -127,9 +122,7 @@ def affinity_label(mask, grid):
 
 
 def count_pairs(label):
-    """label (B, P, P) in {0, 1, 255} -> (2,) the number of different pairs and of pairs of the
-    same class.
-    """
+    """label (B, P, P) in {0, 1, 255} -> how many pairs are 0 and how many 1, (2,)."""
     return torch.stack([(label == 0).sum(), (label == 1).sum()])
 
 
@@ -183,8 +176,7 @@ def classification_loss(class_logits, patch_logits, labels):
 # Diagnostics, for evaluate.py
 # -------------------------------------------------------------------------------------------------
 def row_distance(affinity):
-    """How different the patches' neighbourhoods still are: 0 if all rows are equal
-    (over-smoothed), 1 if disjoint.
+    """How different patches' neighbourhoods still are: 0 all equal (over-smoothed), 1 disjoint.
 
     affinity (B, P, P) >= 0. Returns (B,): the mean Hellinger distance sqrt(1 - sum_n sqrt(p_mn
     p_kn)) between the rows m != k of the row-normalised affinity p. One patch alone has distance
@@ -198,8 +190,7 @@ def row_distance(affinity):
 
 
 def top_share(affinity, share=0.05):
-    """What share of all attention the most attended patches draw: affinity (B, P, P) >= 0 -> (B,)
-    in [0, 1].
+    """The most attended patches' share of all attention: (B, P, P) >= 0 -> (B,) in [0, 1].
 
     The most attended are the ceil(share * P) columns with the largest sums; attention spread
     evenly gives about share.

@@ -51,17 +51,13 @@ RESERVED = {"background", "ignore", "void", "unlabeled", "unlabelled"}  # listed
 # Reading one file
 # -------------------------------------------------------------------------------------------------
 def mask_value(class_index):
-    """Class index 0..C-1 -> mask value 1..C (0 is background). The only place where the two
-    differ.
-    """
+    """Class index 0..C-1 -> mask value 1..C; 0 is background. They differ nowhere else."""
     return class_index + 1
 
 
 @contextmanager
 def reading(path, remedy):
-    """Whatever goes wrong while path is read becomes one error with the file, the reason and the
-    remedy.
-    """
+    """Any error while path is read becomes one that names file, reason and remedy."""
     try:
         yield
     except FileNotFoundError:
@@ -84,9 +80,7 @@ def read_json(path, remedy):
 
 
 def read_image(path):
-    """A photograph as people see it: RGB, 8 bits, turned upright as its EXIF orientation says; a
-    decoded PIL image.
-    """
+    """A photograph as people see it: RGB, 8 bits, upright (EXIF); a decoded PIL image."""
     with reading(path, "replace the file, or take it off the list"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
@@ -99,9 +93,7 @@ def read_image(path):
 
 @lru_cache(maxsize=1)
 def voc_colours():
-    """PASCAL VOC's colour map (256, 3) uint8: the bits of a value are spread over the high bits of
-    R, G and B.
-    """
+    """PASCAL VOC's colours (256, 3) uint8: a value's bits over the high bits of R, G, B."""
     def spread(value, channel):
         return sum((value >> (3 * j + channel) & 1) << (7 - j) for j in range(3))
 
@@ -122,9 +114,8 @@ def read_mask(path, num_classes=MOST_CLASSES, size=None):
                              f"{IGNORE}")
     if size is not None and mask.shape != tuple(size):
         raise ValueError(f"{path} is {mask.shape[0]} x {mask.shape[1]} pixels, its image "
-                         f"{size[0]} x "
-                         f"{size[1]} (upright, where EXIF turns it): a mask goes with the upright "
-                         f"image")
+                         f"{size[0]} x {size[1]} (upright, where EXIF turns it): a mask goes with "
+                         "the upright image")
     return mask
 
 
@@ -216,9 +207,7 @@ class ImageSet:
 
 
 class VOC(ImageSet):
-    """A folder laid out like VOC 2012: JPEGImages, Annotations (or labels.csv), SegmentationClass,
-    ImageSets.
-    """
+    """A folder as VOC 2012 is laid out; labels.csv may stand in place of Annotations."""
 
     def __init__(self, folder, split, name, classes, source):
         self.root, self.split, self.name = Path(folder), split, str(name)
@@ -250,12 +239,11 @@ class VOC(ImageSet):
         if missing := [name for name in self.ids if name not in self.files]:
             if missing[0].split()[-1] in ("1", "-1", "0"):
                 raise ValueError(f"{self.list} has the line {missing[0]!r}: it seems to be a list "
-                                 f"of one class, as in VOC's "
-                                 f"ImageSets/Main; put the image names alone")
+                                 "of one class, as in VOC's ImageSets/Main; put the image names "
+                                 "alone")
             raise FileNotFoundError(f"{self.list} names {len(missing)} images that are not in "
-                                    f"{images}, first {missing[0]!r}; "
-                                    f"complete the download, or put a shorter list in "
-                                    f"{self.root / 'ImageSets'}")
+                                    f"{images}, first {missing[0]!r}; complete the download, or "
+                                    f"put a shorter list in {self.root / 'ImageSets'}")
         if twice := [files for files in map(self.files.get, self.ids) if len(files) > 1]:
             raise ValueError(f"{images} holds {' and '.join(twice[0])}, two images of one name: "
                              f"rename or remove one")
@@ -272,9 +260,7 @@ class VOC(ImageSet):
         return self.root / "JPEGImages" / self.files[name][0]
 
     def read_table(self):
-        """labels.csv: image -> its class names, from lines of an image's name and one or more
-        classes.
-        """
+        """labels.csv -> {image: class names}; a line is an image's name and its classes."""
         path, table = self.root / "labels.csv", {}
         rows = [[cell.strip() for cell in row if cell.strip()]
                 for row in csv.reader(io.StringIO(read_text(path)))]
@@ -285,15 +271,14 @@ class VOC(ImageSet):
         return table
 
     def read_labels(self, name):
-        """Every object of the image's XML, difficult ones included, or its classes in labels.csv.
-        """
+        """Every object of the XML, difficult ones included, or the line of labels.csv."""
         if self.table is not None:
             path = self.root / "labels.csv"
             names = self.table.get(name, [])
         else:
             path = self.root / "Annotations" / f"{name}.xml"
-            with reading(path, "image labels come from VOC's Annotations, or from labels.csv (see "
-                               "README)"):
+            with reading(path, "image labels come from VOC's Annotations, or from labels.csv "
+                               "(see README)"):
                 objects = ElementTree.parse(path).getroot().findall("{*}object")
                 names = [(o.findtext("{*}name") or "").strip() for o in objects]
         if unknown := [n for n in names if n not in self.classes]:
@@ -319,9 +304,7 @@ class VOC(ImageSet):
 
 
 class COCO(ImageSet):
-    """MS COCO 2014 on its instance annotations. Splits train and val; images without objects are
-    left out.
-    """
+    """MS COCO 2014, splits train and val; images without objects are left out."""
 
     name = "COCO2014"
 
@@ -381,8 +364,8 @@ class COCO(ImageSet):
                                  f"{self.folder}")
         if missing := [name for name in self.ids if not self.image_path(name).is_file()]:
             raise FileNotFoundError(f"{self.source} names {len(missing)} images that are not in "
-                                    f"{self.folder}, first "
-                                    f"{self.files[missing[0]][0]!r}; complete the download")
+                                    f"{self.folder}, first {self.files[missing[0]][0]!r}; "
+                                    "complete the download")
 
     def image_path(self, name):
         return self.folder / self.files[name][0]
@@ -391,8 +374,8 @@ class COCO(ImageSet):
         image, (H, W) = super().image(name), self.files[name][1]
         if image.size != (W, H):
             raise ValueError(f"{self.image_path(name)} is {image.height} x {image.width} pixels "
-                             f"(upright, "
-                             f"where EXIF turns it), {self.source} says {H} x {W}: correct one")
+                             f"(upright, where EXIF turns it), {self.source} says {H} x {W}: "
+                             "correct one")
         return image
 
     def mask_path(self, name):
@@ -411,15 +394,12 @@ class COCO(ImageSet):
         return read_mask(path, len(self.classes))
 
     def cache_masks(self, workers):
-        """Rasterise what is not cached yet, in worker processes; masks of another annotation file
-        are made again.
-        """
+        """Rasterise what is missing, in workers; all of it if the annotations changed."""
         folder, content = Path(self.cache) / self.split, {"annotations": file_digest(self.source)}
         made_from = folder / "made_from.json"
         if folder.is_dir() and not made_from.is_file():
             raise ValueError(f"{folder} is needed for rasterised masks, and holds something else: "
-                             f"move it "
-                             f"away, or choose another --out")
+                             "move it away, or choose another --out")
         if folder.is_dir() and read_json(made_from, f"delete {folder}") != content:
             shutil.rmtree(folder)
         write_json(made_from, content)
@@ -475,9 +455,7 @@ def draw_object(outline, H, W):
 
 
 def decode_rle(outline, H, W):
-    """COCO run lengths (a list, or the compressed string), column by column, -> (H, W) uint8 in
-    {0, 1}.
-    """
+    """COCO run lengths (a list, or the compressed string), by column -> (H, W) uint8 {0, 1}."""
     counts = outline["counts"]
     if isinstance(counts, str):
         # 5 bits a character, bit 5: more follow; from the third count on, deltas to two before
@@ -500,8 +478,7 @@ def decode_rle(outline, H, W):
 
 
 class Toy(ImageSet):
-    """64 x 64 images made on the fly: objects whose texture is the class, on clutter. Same index,
-    same image.
+    """Images made on the fly, 64 x 64: objects on clutter. Same name, same image.
 
     As in photographs, the class shows best in a part of the object (a textured badge on a plain
     body, whose hue hints at the class), several objects and classes share an image, and grey
@@ -533,9 +510,7 @@ class Toy(ImageSet):
 
 @lru_cache(maxsize=None)
 def draw_toy(name):
-    """The toy image of that name: (64, 64, 3) uint8, its exact mask (64, 64) uint8, its class
-    indices.
-    """
+    """A toy image (64, 64, 3) uint8, its exact mask (64, 64) uint8, its class indices."""
     rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
     S = 64
     y, x = np.mgrid[:S, :S]
@@ -603,8 +578,7 @@ def open_data(data, root, split, limit=None, cache=None, classes=None):
     """
     if data not in DATASETS and not (Path(data).is_dir() and classes):
         raise ValueError(f"unknown data set {data!r}: use {', '.join(DATASETS)}, or a folder in "
-                         f"VOC layout, with --classes "
-                         f"naming a file that lists its class names")
+                         "VOC layout, with --classes naming a file that lists its class names")
     if data in DATASETS and classes:
         raise ValueError(f"--classes {classes}: {data} has classes of its own; --classes goes "
                          f"with --data FOLDER")
@@ -630,9 +604,7 @@ def open_data(data, root, split, limit=None, cache=None, classes=None):
 
 
 def check_classes(names, source):
-    """Class k of the list is value k of a mask, so 1 to 254 different names and no name for
-    background or ignored.
-    """
+    """Class k is value k of a mask: 1 to 254 different names, none of them background."""
     if not 1 <= len(names) <= MOST_CLASSES:
         raise ValueError(f"{source} names {len(names)} classes: 1 to {MOST_CLASSES} fit in an "
                          f"8-bit mask")
@@ -640,14 +612,12 @@ def check_classes(names, source):
         raise ValueError(f"{source} names the class {twice[0]!r} more than once")
     if reserved := [name for name in names if name.strip("_ ").lower() in RESERVED]:
         raise ValueError(f"{source} lists {reserved[0]!r}, which is no class: value k of a mask "
-                         f"is class k of the list, "
-                         f"0 is background and {IGNORE} ignored; take that line out")
+                         f"is class k of the list, 0 is background and {IGNORE} ignored; take "
+                         "that line out")
 
 
 def open_split(args, split, like=None):
-    """open_data with the command line's settings; like: another split, which must have the same
-    classes.
-    """
+    """open_data by the command line; like: a split which must have the same classes."""
     cache = args.out / "masks"
     dataset = open_data(args.data, args.data_root, split, args.limit, cache, args.classes)
     if like is not None:
@@ -662,8 +632,7 @@ def need_same_classes(one, one_source, other, other_source):
         k = next(i for i in range(len(one) + len(other)) if one[i:i + 1] != other[i:i + 1])
         names = [repr(classes[k]) if k < len(classes) else "missing" for classes in (one, other)]
         raise ValueError(f"{one_source} and {other_source} disagree about the classes: class "
-                         f"{k + 1} is {names[0]} in the "
-                         f"first, {names[1]} in the second")
+                         f"{k + 1} is {names[0]} in the first, {names[1]} in the second")
 
 
 PARTS = {"VOC2012": ("JPEGImages", "Annotations"),
@@ -675,12 +644,12 @@ ARCHIVES = {  # data set -> where it goes under --data-root; address, MD5, folde
         (f"{COCO_ZIPS}/annotations/annotations_trainval2014.zip",
          "0a379cfc70b0e71301e0f377548639bd", "COCO2014", 0.25),
         (f"{COCO_ZIPS}/zips/val2014.zip", "a3d79f5ed8d289b7a7554ce06a5782b3", "COCO2014", 6.6),
-        (f"{COCO_ZIPS}/zips/train2014.zip", "0da8c0bd3d6becc4dcb32757491aca88", "COCO2014", 13.5)])}
+        (f"{COCO_ZIPS}/zips/train2014.zip", "0da8c0bd3d6becc4dcb32757491aca88", "COCO2014", 13.5),
+    ])}
 
 
 def download(data, root):
-    """Fetch, check and extract a data set into the layout of the README; what is complete is left
-    alone.
+    """Fetch, check and extract a data set as the README lays it out, unless it is there.
 
     Archives are kept in <root>/download/<data> until all are extracted there; only then does the
     data set take its place, so that half of it is never taken for all. Raises ValueError and
@@ -694,8 +663,7 @@ def download(data, root):
     if target.is_dir():
         if missing := [part for part in PARTS[data] if not (target / part).is_dir()]:
             raise ValueError(f"{target} is there, but lacks {missing[0]}: complete it by hand, or "
-                             f"move it "
-                             f"away and give --download again")
+                             "move it away and give --download again")
         return
     size = sum(gigabytes for *_, gigabytes in archives)
     print(f"{data}: {size:.1f} GB to download into {fetched}, as much to extract", flush=True)
@@ -704,16 +672,14 @@ def download(data, root):
     free, needed = shutil.disk_usage(fetched).free, 2e9 * size - there
     if free < needed:
         raise OSError(f"{fetched} has {free / 1e9:.1f} GB free, {data} takes {needed / 1e9:.1f} "
-                      f"more: "
-                      f"make room, or give another --data-root")
+                      "more: make room, or give another --data-root")
     for address, md5, folder, _ in archives:
         try:
             extracted = fetched / "extracted" / folder
             download_and_extract_archive(address, fetched, extracted, md5=md5)
         except (RuntimeError, OSError, EOFError) as error:  # a wrong checksum is a RuntimeError
             raise OSError(f"{address} could not be fetched ({error}): try again, or extract it "
-                          f"under {root} yourself "
-                          f"(see README)") from error
+                          f"under {root} yourself (see README)") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(fetched / "extracted" / place, target)
     shutil.rmtree(fetched)
@@ -726,9 +692,7 @@ def download(data, root):
 # -------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=None)
 def per_channel(values, device):
-    """(3,) numbers -> (3, 1, 1) on the device; made once, since every copy from the host makes a
-    GPU wait.
-    """
+    """(3,) numbers -> (3, 1, 1) on the device, copied there once."""
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
@@ -744,8 +708,7 @@ def bilinear(maps, size):
 
 
 def mirrored_views(images, scale, multiple):
-    """Normalised images (1, 3, H, W) at a scale, with their mirror image -> (2, 3, ., .) and the
-    size (h, w) in it.
+    """An image (1, 3, H, W) at a scale and its mirror image -> (2, 3, ., .), its size (h, w).
 
     Right and bottom are padded to whole multiples (of the patch size); results are to be cropped
     to (h, w).
@@ -763,9 +726,7 @@ def say_once(text):
 
 
 def shrink(pixels, max_side):
-    """pixels (3, H, W) uint8, made smaller if a side is longer than max_side: memory grows with a
-    side's fourth power.
-    """
+    """pixels (3, H, W) uint8, made smaller if a side is longer than max_side."""
     H, W = pixels.shape[-2:]
     if max(H, W) <= max_side:
         return pixels
@@ -785,9 +746,7 @@ def enlarge(mask, size):
 
 @contextmanager
 def seeded(seed):
-    """Random transforms inside depend on seed alone, not on the worker, the order or what ran
-    before.
-    """
+    """Random transforms inside depend on seed alone, not on what ran before."""
     before = torch.get_rng_state()  # a GPU's generator, on which drop-path depends, is left alone
     torch.default_generator.manual_seed(seed)
     try:
@@ -797,9 +756,7 @@ def seeded(seed):
 
 
 class EpochSampler(DistributedSampler):
-    """(index, seed) in an order, and with seeds, that depend on (seed, epoch) alone: call
-    set_epoch.
-    """
+    """(index, seed) in an order that depends on (seed, epoch) alone: call set_epoch."""
 
     def __iter__(self):
         for index in super().__iter__():
@@ -807,8 +764,7 @@ class EpochSampler(DistributedSampler):
 
 
 def train_loader(samples, batch, seed, workers, device):
-    """A shuffling DataLoader; call loader.sampler.set_epoch(e) before each epoch. The last short
-    batch is dropped.
+    """A shuffling DataLoader without the last short batch: call loader.sampler.set_epoch(e).
 
     batch is that of all processes together; each gets its share. The loader's own generator keeps
     it from drawing on the global one, on which drop-path and dropout depend.
@@ -831,18 +787,14 @@ def read_photograph(dataset, name):
 
 
 def photographs(dataset, names, workers, device):
-    """(name, image (3, H, W) uint8) one by one, in order, decoded ahead by workers if a GPU does
-    the other work.
-    """
+    """(name, image (3, H, W) uint8) in order; workers decode ahead if a GPU does the rest."""
     workers = workers if device.type == "cuda" else 0
     return DataLoader(names, batch_size=None, num_workers=workers, generator=torch.Generator(),
                       collate_fn=partial(read_photograph, dataset))
 
 
 def photo_files(paths):
-    """The image files among paths and in the folders among them. Raises FileNotFoundError /
-    ValueError if there are none.
-    """
+    """The image files among paths and in the folders among them; an error if there are none."""
     known, files = Image.registered_extensions(), []
     for path in paths:
         if not path.exists():
@@ -863,8 +815,7 @@ def photo_files(paths):
 # -------------------------------------------------------------------------------------------------
 @contextmanager
 def replacing(path):
-    """Yields a temporary path in the same folder; it takes the place of path only when the block
-    went well.
+    """Yields a temporary path, which takes the place of path if the block went well.
 
     Raises OSError if the block does (a full disk): then path is what it was.
     """
@@ -876,8 +827,8 @@ def replacing(path):
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error}): what was there is unchanged; make "
-                      f"room, or allow writing there, "
-                      f"and give the same command again, a stage with --resume") from error
+                      "room, or allow writing there, and give the same command again, a stage "
+                      "with --resume") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -896,9 +847,7 @@ def write_mask(path, mask):
 
 
 def write_overlay(path, pixels, colours, legend):
-    """A photograph (3, H, W) uint8 under colours (H, W, 3) uint8, its class names (name -> colour)
-    below, as JPEG.
-    """
+    """A photograph (3, H, W) uint8 under colours (H, W, 3) uint8, class names below: a JPEG."""
     photo = pixels.permute(1, 2, 0).numpy()
     mixed = Image.fromarray((0.5 * photo + 0.5 * colours).astype(np.uint8))
     text_width = 24 + 7 * max(map(len, legend), default=0)
@@ -914,9 +863,7 @@ def write_overlay(path, pixels, colours, legend):
 
 
 def write_cam(path, class_ids, cam, size):
-    """class_ids (K,) of the present classes, cam (K, h, w) in [0, 1], size = (H, W) of the image
-    -> .npz, float16.
-    """
+    """class_ids (K,), cam (K, h, w) in [0, 1], size (H, W) of the image -> .npz, float16."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, class_ids=np.asarray(class_ids, np.int16), cam=np.asarray(cam, np.float16),
                  size=np.asarray(size, np.int32))
@@ -1020,8 +967,7 @@ def read_checkpoint(path, stage, dataset=None, options="--data VOC2012"):
     with reading(path, f"it must be a checkpoint that {command} wrote"):
         if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
             raise ValueError(f"it wants to run code ({code[0]}), which is refused: load it where "
-                             f"you trust it and save plain "
-                             f"dicts, numbers and tensors alone")
+                             "you trust it and save plain dicts, numbers and tensors alone")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
         if checkpoint["stage"] != stage:
@@ -1068,8 +1014,7 @@ def prepare_folder(folder, args, dataset, **made_from):
     used = folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir())
     if used and args.resume and not (folder / "args.json").is_file():
         raise ValueError(f"--resume in {folder}, which has no args.json: replace it with "
-                         f"--overwrite, or "
-                         f"choose another --out")
+                         "--overwrite, or choose another --out")
     if used and args.resume:
         before = read_json(folder / "args.json", "delete the folder to start again")
         for what, content in settings["made_from"].items():
@@ -1079,9 +1024,8 @@ def prepare_folder(folder, args, dataset, **made_from):
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             raise ValueError(f"--resume in {folder} with another "
                              f"--{changed[0].replace('_', '-')}: it was "
-                             f"{before.get(changed[0])!r}, "
-                             f"now {settings[changed[0]]!r}; repeat the settings or use another "
-                             f"--out")
+                             f"{before.get(changed[0])!r}, now {settings[changed[0]]!r}; repeat "
+                             "the settings or use another --out")
         for half_written in folder.glob(".*.tmp"):  # by a process that was killed
             half_written.unlink()
     elif used and args.overwrite:
@@ -1147,8 +1091,7 @@ def distributed(model, device):
 
 
 def run(main):
-    """Call a stage's main: an error of the user is one line and exit code 2, a fault of the
-    program a traceback.
+    """Call a main: an error of the user is one line and exit code 2, a fault a traceback.
 
     Of several processes the one that fails ends at once: good-byes would wait for those that wait
     for it.
@@ -1174,7 +1117,7 @@ def run(main):
 # -------------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")  # one line, as all the user's errors
+        raise ValueError(f"{message} (--help lists the flags)")  # one line, as all of them
 
 
 def argument_parser(description):
@@ -1216,8 +1159,8 @@ def start(args):
         torch.zeros(1, device=device)
     except Exception as error:  # each backend has its own way to say that it is not there
         raise ValueError(f"--device {args.device}: not there, or unknown to this torch "
-                         f"({str(error).splitlines()[0]}); use "
-                         f"cpu, or cuda with an NVIDIA GPU and a CUDA build of torch") from error
+                         f"({str(error).splitlines()[0]}); use cpu, or cuda with an NVIDIA GPU "
+                         "and a CUDA build of torch") from error
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
     if args.precision == "auto":
@@ -1239,9 +1182,7 @@ def native_bfloat16(device):
 
 
 def autocast(device, precision):
-    """Matrix products and convolutions in precision, "bfloat16" or "float32"; the rest stays
-    float32.
-    """
+    """Matrix products in precision ("bfloat16", "float32"); the rest stays float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -1263,7 +1204,7 @@ def same_data(args):
 # -------------------------------------------------------------------------------------------------
 # --profile N
 # -------------------------------------------------------------------------------------------------
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # bfloat16, dense, by the maker's data sheets
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # bfloat16, dense, by data sheets
 
 
 def profile_steps(text):
@@ -1276,8 +1217,7 @@ def profile_steps(text):
 
 
 def profile(step, steps, device, images=1, flops=None):
-    """Call step(i) so many times and print its phases (torch.profiler.record_function), memory and
-    images/s.
+    """Call step(i) so often; print its phases (record_function), memory and images/s.
 
     images: of a step; flops: of a step's model, for its utilisation. The phases are timed in a run
     of their own, since the profiler slows small operations down. Returns images/s.

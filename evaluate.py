@@ -27,8 +27,9 @@ import data
 import refine
 
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
-FIXED = 45  # index of the fixed threshold, 0.45: the middle of the pseudo-labels' band, never tuned
+FIXED = 45  # index of the fixed threshold: the middle of the pseudo-labels' band, never tuned
 FIXED_THRESHOLD = FIXED / 100
+MEASURES = ("entropy", "distance", "top", "w_hat")  # of a layer
 
 
 # -------------------------------------------------------------------------------------------------
@@ -53,8 +54,7 @@ def confusion_matrix(prediction, target, num_classes):
 
 
 def scores(confusion, unlabelled=None):
-    """IoU, precision and recall per class (nan where undefined) and their mean IoU over classes
-    that occur.
+    """IoU, precision, recall per class (nan where undefined), mIoU over classes that occur.
 
     confusion (M, M) counts, rows = target; unlabelled (M,): target pixels given no class, which
     count as missed. Returns {"iou", "precision", "recall": (M,) float64 in [0, 1], "miou": float};
@@ -84,8 +84,7 @@ def threshold_counts(cam, values, target, num_classes):
 
 
 def curve(counts):
-    """threshold_counts summed over images -> one confusion matrix (M, M) per threshold, (T, M, M)
-    int64.
+    """threshold_counts summed over images -> a confusion matrix each, (T, M, M) int64.
 
     At threshold t a pixel takes its winning class if that scores above t, else background.
     """
@@ -97,16 +96,14 @@ def curve(counts):
 
 
 def summarise(counts):
-    """Fixed and best threshold of a curve: {"fixed", "best", "best_threshold"}, mIoU in percent.
-    """
+    """A curve at the fixed and at its best threshold, mIoU in percent."""
     miou = [100 * scores(c)["miou"] for c in curve(counts)]
     best = int(np.argmax(miou))
     return {"fixed": miou[FIXED], "best": miou[best], "best_threshold": best / 100}
 
 
 def rank_correlation(table, state, threshold):
-    """Does entropy tell which layers refine badly? Spearman's correlation over layers of entropy
-    and seed mIoU, in [-1, 1].
+    """Spearman's, over layers, of entropy and seed mIoU, in [-1, 1].
 
     table, state: of evaluate_layers; threshold: "fixed" or "best". Near -1: the higher the
     entropy, the worse the seed refined by that layer alone, as re-activation weights presume; near
@@ -125,27 +122,21 @@ def target_of(dataset, name, size, other):
     mask = dataset.mask(name)
     if mask.shape != tuple(size):
         raise ValueError(f"{dataset.mask_path(name)}: the ground truth is {mask.shape[0]} x "
-                         f"{mask.shape[1]} pixels, "
-                         f"{other} {size[0]} x {size[1]} "
-                         f"(a photograph turned upright by its EXIF orientation needs its mask "
-                         f"upright too)")
+                         f"{mask.shape[1]} pixels, {other} {size[0]} x {size[1]} (a photograph "
+                         "turned upright by its EXIF orientation needs its mask upright too)")
     return torch.from_numpy(mask)
 
 
 def need_classes(counts, dataset):
-    """Raises ValueError where not a pixel of the ground truth has a class: counts (M,) of target
-    pixels by value.
-    """
+    """An error where no pixel of the ground truth has a class; counts (M,) of pixels."""
     if not counts[1:].any():
         raise ValueError(f"the ground truth of these {len(dataset.ids)} images has no pixel of "
-                         f"any class: {data.IGNORE} means "
-                         f"ignored, write class k as k, not as {data.IGNORE}")
+                         f"any class: {data.IGNORE} means ignored, write class k as k, not as "
+                         f"{data.IGNORE}")
 
 
 def evaluate_masks(dataset, folder, pseudo=False):
-    """Confusion (M, M) of the PNGs of a folder, the pixels left unlabelled per target class (M,),
-    mIoU of each image.
-    """
+    """Confusion (M, M) of a folder's PNGs, unlabelled pixels by class (M,), images' mIoU."""
     C = len(dataset.classes)
     confusion, unlabelled, each = torch.zeros(C + 1, C + 1).long(), torch.zeros(C + 1).long(), {}
     for name in dataset.ids:
@@ -183,8 +174,7 @@ def evaluate_cams(dataset, folder):
 
 
 def evaluate_layers(dataset, model, deep_from, args, device):
-    """What each layer's affinity does to the seed, and what state it is in: one pass over the
-    images.
+    """What each layer's affinity does to the seed, and how smooth it is: one pass.
 
     Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's
     Figure 1; "unrefined" is the patch map times the class tokens' attention), and state: lists
@@ -196,7 +186,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     variants = {"patch map alone": None, "unrefined": (), "all layers": every,
                 "shallow layers": tuple(shallow), "deep layers": tuple(deep),
                 "all, weighted": "entropy", **{f"layer {l}": (l,) for l in every}}
-    counts, states, begin = {name: 0 for name in variants}, [], time.time()
+    counts, measured, begin = {name: 0 for name in variants}, [], time.time()
     M = len(dataset.classes) + 1
     for i, name in enumerate(dataset.ids, 1):
         pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
@@ -205,7 +195,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         shrunk = data.shrink(pixels, args.max_side or 50 * model.patch).to(device)
 
         def observe(output):
-            states.append(layer_state(output, labels))
+            measured.append(measure_layers(output, labels))
 
         cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta,
                                 args.steps, observe, args.precision)
@@ -219,14 +209,12 @@ def evaluate_layers(dataset, model, deep_from, args, device):
             data.progress(f"{i}/{len(dataset.ids)}  {i / (time.time() - begin):.1f} images/s")
     data.progress("")
     need_classes(counts["unrefined"].sum((1, 2)), dataset)
-    state = dict(zip(("entropy", "distance", "top", "w_hat"), torch.stack(states).mean(0).tolist()))
+    state = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist()))
     return {variant: summarise(c) for variant, c in counts.items()}, state
 
 
-def layer_state(output, labels):
-    """Entropy, row distance, top share and w_hat of every layer, of the first image of a ViTOutput
-    -> (4, L) on the CPU.
-    """
+def measure_layers(output, labels):
+    """Entropy, row distance, top share, w_hat of each layer, first image -> (4, L), CPU."""
     P = output.cam[0, 0].numel()
     blocks = torch.cat([aream.patch_block(a[:1], P) for a in output.affinity])  # (L, P, P)
     entropy = aream.layer_entropy(output.cam[:1], [b[None] for b in blocks], labels)[0]
@@ -238,9 +226,7 @@ def layer_state(output, labels):
 # Pictures
 # -------------------------------------------------------------------------------------------------
 def heat(photo, cam):
-    """A CAM over its photo: photo (H, W, 3) uint8, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue
-    to red.
-    """
+    """(H, W, 3) uint8 photo, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue to red."""
     cam = data.bilinear(cam[None, None].float().cpu(), photo.shape[:2])[0, 0].numpy()
     colour = np.stack([np.clip(1.5 - abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], -1) * 255
     return (0.45 * photo + 0.55 * colour).astype(np.uint8)
@@ -277,9 +263,7 @@ def contact_sheet(path, titles, rows, cell=150):
 
 
 def draw_pipeline(path, dataset, names, args, device):
-    """One row an image: photo, raw and refined CAM (of --before too), pseudo-mask, prediction (if
-    there), ground truth.
-    """
+    """A row an image: photo, raw and refined CAM, pseudo-mask, prediction, ground truth."""
     runs = {"": args.out} if args.before is None else {"plain": args.before, "AReAM": args.out}
     models = {}
     for run, out in runs.items():
@@ -309,9 +293,7 @@ def draw_pipeline(path, dataset, names, args, device):
 
 
 def draw_worst(dataset, folder, each, count, path):
-    """The count images of the lowest mIoU (each: name -> mIoU): photo, mask of the folder, ground
-    truth.
-    """
+    """The count images of the lowest mIoU (name -> mIoU): photo, mask, ground truth."""
     worst = sorted((score, name) for name, score in each.items() if score == score)[:count]
     rows = []
     for _, name in worst:
@@ -323,9 +305,7 @@ def draw_worst(dataset, folder, each, count, path):
 
 
 def draw_chart(draw, corner, size, title, series, level=None):
-    """A line chart over layers: corner (x, y) and size (w, h) in pixels, series: name -> values,
-    level: dotted lines.
-    """
+    """A line chart over layers; corner, size in pixels; series: name -> values; level: dotted."""
     (x, y), (w, h) = corner, size
     left, top, right, bottom = x + 42, y + 20, x + w - 10, y + h - 34
     values = [v for line in series.values() for v in line] + list((level or {}).values())
@@ -351,8 +331,7 @@ def draw_chart(draw, corner, size, title, series, level=None):
 
 
 def draw_layers(path, model, dataset, records, args, device):
-    """layers.png: four charts over the layers, the first image's affinities, its CAM refined by
-    single layers.
+    """layers.png: four charts over layers, and the first image's affinities and CAMs.
 
     records: name -> what layers.json holds, one or two of them. The pictures are of model.
     """
@@ -416,15 +395,14 @@ def print_classes(dataset, result):
 
 def print_layers(table, state, deep_from):
     print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  "
-          f"{'entropy':>7} {'distance':>8} "
-          f"{'top 5 %':>7}  {'w_hat':>5}")
+          f"{'entropy':>7} {'distance':>8} {'top 5 %':>7}  {'w_hat':>5}")
     for name, row in table.items():
         best = f"{row['best']:7.1f}  {row['best_threshold']:<10.2f}"
         line = f"  {name:<16} {row['fixed']:7.1f} {best}"
         if name.startswith("layer "):
             l = int(name.removeprefix("layer "))
             entropy, distance, top, w_hat = (
-                state[key][l] for key in ("entropy", "distance", "top", "w_hat"))
+                state[key][l] for key in MEASURES)
             line += f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %  {w_hat:5.2f}"
         print(line)
     fixed, best = (rank_correlation(table, state, threshold) for threshold in ("fixed", "best"))
@@ -444,24 +422,19 @@ def spread(values, form=".1f"):
 
 
 def seed_cell(runs, column):
-    """Seed mIoU of runs (records of --what layers) at the fixed threshold, in brackets the mean of
-    the best ones.
-    """
+    """Seed mIoU of runs at the fixed threshold, and in brackets the mean of the best ones."""
     rows = [run["table"][column] for run in runs]
     best = np.mean([row["best"] for row in rows])
     return f"{spread([row['fixed'] for row in rows])} ({best:.1f})"
 
 
 def study_columns(runs, reference):
-    """column -> cell of one row of a study: its runs, and those of the row that they are paired
-    with, by seed.
-    """
+    """column -> cell of a row: its runs, and those that they are paired with, by seed."""
     cells = {"seeds": str(len(runs))}
     if all("map" in run for run in runs):
         cells["class mAP"] = spread([run["map"] for run in runs])
     if all("table" in run for run in runs):
-        for column in ("patch map alone", "unrefined", "shallow layers", "deep layers", "all "
-                                                                                        "layers"):
+        for column in SEED_COLUMNS:
             cells[column] = seed_cell(runs, column)
         correlations = [rank_correlation(run["table"], run["state"], "fixed") for run in runs]
         cells["entropy ~ mIoU"] = spread(correlations, "+.2f")
@@ -480,14 +453,13 @@ def study_columns(runs, reference):
     return cells
 
 
+SEED_COLUMNS = ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers")
 SETTINGS = ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augment", "precision",
             "reactivation", "entropy", "coupling", "deep_from", "affinity_weight", "labels")
 
 
 def gather(folder, path):
-    """Collect what the runs <folder>/<question>/<row>/<seed> were scored with into the records
-    file path.
-    """
+    """Collect the scores of the runs <folder>/<question>/<row>/<seed> in the file path."""
     records = []
     for run in sorted({file.parent for file in folder.glob("*/*/*/results.json")}):
         settings = data.read_json(run / "cls" / "args.json", "repeat the study")
@@ -509,8 +481,7 @@ def gather(folder, path):
 
 
 def print_study(path):
-    """One table a question: rows, their columns as mean ± standard deviation over seeds, in
-    percent.
+    """A table a question, a line a row: mean ± standard deviation over seeds, in percent.
 
     Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
     "entropy ~ mIoU": rank_correlation. "gain, paired": of all layers over the row
@@ -554,22 +525,21 @@ def score_cams(dataset, args, device):
     record = summarise(counts)
     record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
     print(f"{heading(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold "
-          f"{FIXED_THRESHOLD}; best {record['best']:.1f} at "
-          f"{record['best_threshold']:.2f}, chosen with pixel labels")
+          f"{FIXED_THRESHOLD}; best {record['best']:.1f} at {record['best_threshold']:.2f}, "
+          "chosen with pixel labels")
     print_classes(dataset, scores(curve(counts)[FIXED]))
     return record
 
 
 def score_pseudo_masks(dataset, args, device):
     folder = args.out / "pseudo"
-    need_masks(args, dataset, folder, ".png", folder / "args.json", f"refine.py --split "
-                                                                    f"{args.split}")
+    command = f"refine.py --split {args.split}"
+    need_masks(args, dataset, folder, ".png", folder / "args.json", command)
     confusion, unlabelled, each = evaluate_masks(dataset, folder, pseudo=True)
     labelled, every = scores(confusion), scores(confusion, unlabelled)
     undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
     print(f"{heading(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, "
-          f"{100 * every['miou']:.1f} over all "
-          f"({100 * undecided:.1f} % undecided)")
+          f"{100 * every['miou']:.1f} over all ({100 * undecided:.1f} % undecided)")
     print_classes(dataset, labelled)
     if args.worst:
         draw_worst(dataset, folder, each, args.worst, args.out / "worst.png")
@@ -602,13 +572,12 @@ def score_layers(dataset, args, device):
               "state": state}
     records = {"/".join(args.out.resolve().parts[-2:]): record}
     if args.before:
-        before = data.read_json(args.before / "layers.json", f"python evaluate.py "
-                                                             f"{data.same_data(args)} --what "
-                                                             f"layers --out "
-                                                             f"{data.quoted(args.before)}")
+        path = args.before / "layers.json"
+        remedy = (f"python evaluate.py {data.same_data(args)} --what layers --out "
+                  f"{data.quoted(args.before)}")
+        before = data.read_json(path, remedy)
         if len(before["state"]["entropy"]) != len(model.blocks):
-            raise ValueError(f"{args.before / 'layers.json'} is of a model with another number of "
-                             f"layers")
+            raise ValueError(f"{path} is of a model with another number of layers")
         records = {"/".join(args.before.resolve().parts[-2:]): before, **records}
     draw_layers(args.out / "layers.png", model, dataset, records, args, device)
     return record
@@ -619,9 +588,7 @@ def draw_pictures(dataset, args, device):
 
 
 def pack_submission(dataset, args, device):
-    """The predictions of a split in the layout of the VOC evaluation server, every id, size and
-    value checked.
-    """
+    """A split's predictions as VOC's server wants them: ids, sizes and values checked."""
     folder, C = args.out / "pred" / args.split, len(dataset.classes)
     need_masks(args, dataset, folder, ".png", args.out / "seg" / "args.json",
                f"train_seg.py --resume --predict-split {args.split} <its other settings>")
@@ -639,11 +606,10 @@ def pack_submission(dataset, args, device):
 
 
 def show_demo(dataset, args, device):
-    """The demonstration's table and pictures, from two finished runs: --before (plain) and --out
-    (AReAM).
-    """
+    """The demo's table and picture, from two runs: --before (plain) and --out (AReAM)."""
     def last(out, what):
-        remedy = f"python evaluate.py {data.same_data(args)} --what {what} --out {data.quoted(out)}"
+        remedy = (f"python evaluate.py {data.same_data(args)} --what {what} --out "
+                  f"{data.quoted(out)}")
         found = [r for r in data.read_json(out / "results.json", remedy) if r["what"] == what]
         if not found:
             raise ValueError(f"{out / 'results.json'} has no record of {what}: make it with  "

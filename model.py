@@ -30,9 +30,7 @@ DEIT_URLS = {
 
 
 class ViTOutput(NamedTuple):
-    """What ViT.forward returns. The two tuples have one entry per layer, or are empty if not
-    captured.
-    """
+    """What ViT.forward returns; a tuple has one entry a layer, or none if not captured."""
 
     class_logits: torch.Tensor  # (B, C) mean over channels of each output class token
     patch_logits: torch.Tensor  # (B, C) global average of the patch map
@@ -51,8 +49,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, capture=False):
-        """(B, N, D) -> (B, N, D), affinity (B, N, N) or None, affinity_logits (B, N, N) or None.
-        """
+        """(B, N, D) -> the same, affinity and affinity_logits, each (B, N, N) or None."""
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, A, N, d)
@@ -77,9 +74,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and a two-layer MLP (submodule names are those of
-    DeiT's files).
-    """
+    """Pre-norm transformer block, attention and MLP; names of submodules as in DeiT's files."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
@@ -151,23 +146,17 @@ class ViT(nn.Module):
             block.drop_path.p = rate * i / max(1, len(self.blocks) - 1)
 
     def flops(self, grid):
-        """Floating-point operations of one image's forward pass, matrix products only, for a (gh,
-        gw) of patches.
-        """
+        """Floating-point operations of an image's matrix products; grid: (gh, gw) patches."""
         P, D, C = grid[0] * grid[1], self.dim, self.num_classes
         block = 24 * (C + P) * D**2 + 4 * (C + P)**2 * D  # qkv, projection, MLP; attention
         return len(self.blocks) * block + 2 * P * D * (3 * self.patch**2 + 9 * C)
 
     def position_embedding(self, grid):
-        """The patch position embedding for an explicit (gh, gw), resized bicubically -> (1, gh *
-        gw, D).
-        """
+        """The patch position embedding, resized to a (gh, gw) -> (1, gh * gw, D)."""
         return resize_position_embedding(self.patch_pos_embed, self.grid, grid)
 
     def tokens(self, images, capture=False):
-        """The block stack: (B, 3, H, W) -> tokens (B, N, D), (gh, gw), affinity tuple,
-        affinity_logits tuple.
-        """
+        """The blocks: (B, 3, H, W) -> tokens (B, N, D), (gh, gw), and both tuples of maps."""
         B, _, H, W = images.shape
         if H % self.patch or W % self.patch or not (H and W):
             raise ValueError(f"image size {H} x {W} is not a multiple of the patch size "
@@ -198,7 +187,8 @@ class ViT(nn.Module):
         """
         x, grid, affinity, logits = self.tokens(images, capture)
         class_tokens, patch_tokens = x.split([self.num_classes, grid[0] * grid[1]], dim=1)
-        patch_map = self.head(patch_tokens.transpose(1, 2).unflatten(2, grid)).float()  # (B, C, gh, gw)
+        features = patch_tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, gh, gw)
+        patch_map = self.head(features).float()  # (B, C, gh, gw)
         return ViTOutput(
             class_logits=class_tokens.mean(-1),
             patch_logits=patch_map.mean((-2, -1)),
@@ -209,8 +199,7 @@ class ViT(nn.Module):
 
 
 def resize_position_embedding(embedding, old, new):
-    """(1, P, D) for a grid old = (gh, gw) of patches -> the same for a grid new, by bicubic
-    interpolation.
+    """(1, P, D) of a grid old = (gh, gw) of patches -> of a grid new, bicubically.
 
     Bicubic interpolation is linear and separable: one matrix a side. Unlike F.interpolate's, its
     gradient is deterministic on CUDA.
@@ -282,8 +271,7 @@ def load_pretrained(model, source):
                 "patch_pos_embed": "pos_embed"}.get(key, key)
         if deit not in found:
             raise ValueError(f"{name} does not hold weights for {model.preset}: it has no "
-                             f"{deit!r} (its first keys: "
-                             f"{', '.join(list(found)[:3])}); {remedy}")
+                             f"{deit!r} (its first keys: {', '.join(list(found)[:3])}); {remedy}")
         value = found[deit]
         if key == "class_pos_embed":
             value = value[:, :1]
@@ -294,24 +282,21 @@ def load_pretrained(model, source):
             value = value.expand(-1, model.num_classes, -1)
         if value.shape != own[key].shape:
             raise ValueError(f"{name} does not hold weights for {model.preset}: {deit!r} is "
-                             f"{tuple(found[deit].shape)}, "
-                             f"which does not make {tuple(own[key].shape)}; {remedy}")
+                             f"{tuple(found[deit].shape)}, which does not make "
+                             f"{tuple(own[key].shape)}; {remedy}")
         weights[key] = value.to(own[key].dtype)
     model.load_state_dict(weights)
 
 
 def plain_weights(found):
-    """A state dict without what training programs put around it: "model", "state_dict", "module.".
-    """
+    """A state dict without what programs put around it: "model", "state_dict", "module."."""
     for key in ("model", "state_dict"):
         found = found.get(key, found)
     return {key.removeprefix("module."): value for key, value in found.items()}
 
 
 def read_weights(source, preset):
-    """The state dict in a file, or of "auto" the public one of the preset, read without running
-    any code in it.
-    """
+    """The state dict in a file, or the preset's public one ("auto"); no code in it is run."""
     if source == "auto":
         if preset not in DEIT_URLS:
             raise ValueError(f"there are no public weights for preset {preset!r}: use "
@@ -322,19 +307,18 @@ def read_weights(source, preset):
         except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
             raise FileNotFoundError(
                 f"could not download {DEIT_URLS[preset]} ({error}); fetch it elsewhere and give "
-                f"its path with "
-                f"--pretrained PATH, or start from scratch with --pretrained none") from error
+                "its path with --pretrained PATH, or start from scratch with --pretrained "
+                "none") from error
     if not Path(source).is_file():
-        raise FileNotFoundError(f"no weights at {source}: give a file of ImageNet weights, "
-                                f"auto or none with --pretrained")
+        raise FileNotFoundError(f"no weights at {source}: give a file of ImageNet weights, auto "
+                                "or none with --pretrained")
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors alike
         reason = " ".join(str(error).split())[:200]
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{source} wants to run code ({code[1]}), which is refused: load it "
-                             f"where you trust it, and save "
-                             f"its dict of weights alone") from error
+                             "where you trust it, and save its dict of weights alone") from error
         raise ValueError(f"{source} is not a readable weights file ({type(error).__name__}: "
                          f"{reason})") from error
     if not isinstance(found, dict):

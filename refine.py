@@ -2,7 +2,7 @@
 
 Reads  <out>/cls/last.pt and the images of a split, with their image labels; or any --photos.
 Writes <out>/cam/<image>.npz (the refined seed) and <out>/pseudo/<image>.png (0 background, 1..C,
-       255 undecided); of photographs <out>/photos/<name>.cam.png (the mask) and .cam.jpg (the CAM).
+       255 undecided); of photographs <out>/photos/<name>.cam.png (the mask) and .cam.jpg (the CAM)
 Run    python refine.py --data VOC2012                      (after train_cls.py)
 Expect on one CPU core, DeiT-Tiny, VOC at 320 px, bfloat16: 10.8 images/s.
 """
@@ -30,9 +30,7 @@ NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != 
 # Pixel-adaptive refinement (PAR, from AFA, CVPR 2022)
 # -------------------------------------------------------------------------------------------------
 def neighbours(padded, dilations, size):
-    """Yields the 8 neighbours of every pixel at each dilation: views of padded (..., H + 2 pad, W
-    + 2 pad).
-    """
+    """Yields every pixel's 8 neighbours at each dilation: views of padded (..., H+2p, W+2p)."""
     H, W = size
     pad = max(dilations)
     for d in dilations:
@@ -42,8 +40,7 @@ def neighbours(padded, dilations, size):
 
 
 def par_kernel(images, dilations=DILATIONS):
-    """How much each pixel takes from each of its 8 * len(dilations) neighbours; depends on the
-    image alone.
+    """What a pixel takes from each of its 8 * len(dilations) neighbours, by the image alone.
 
     images (B, 3, H, W) -> (B, neighbours, H, W) float32, summing to 1.01 over the neighbours:
     softmax of -mean over RGB of (|I_n - I| / (0.3 std_n))^2, plus 0.01 times the same softmax of
@@ -79,9 +76,7 @@ def par_kernel(images, dilations=DILATIONS):
 
 
 def par_iteration(score, kernel, dilations=DILATIONS):
-    """One weighted sum over the neighbours: score (B, K, H, W), kernel (B, n, H, W) -> (B, K, H,
-    W).
-    """
+    """One weighted sum over the neighbours: (B, K, H, W), (B, n, H, W) -> (B, K, H, W)."""
     padded = F.pad(score, [max(dilations)] * 4, mode="replicate")
     total = torch.zeros_like(score)
     for weight, near in zip(kernel.unbind(1), neighbours(padded, dilations, score.shape[-2:])):
@@ -91,9 +86,7 @@ def par_iteration(score, kernel, dilations=DILATIONS):
 
 @lru_cache(maxsize=1)
 def fused_iteration():
-    """par_iteration as one CUDA kernel in place of 49, which read the score again and again
-    (TORCH_COMPILE_DISABLE=1: not).
-    """
+    """par_iteration as one CUDA kernel in place of 49 (TORCH_COMPILE_DISABLE=1: as it is)."""
     return torch.compile(par_iteration)
 
 
@@ -157,8 +150,7 @@ def random_walk(score, affinity, beta=1.0, steps=1):
 # Pseudo-labels
 # -------------------------------------------------------------------------------------------------
 def present_classes(labels):
-    """labels (B, C) in {0, 1} -> class indices (B, K), each image's own first, and which of them
-    are its own (B, K).
+    """labels (B, C) in {0, 1} -> class indices (B, K), own ones first; which are own (B, K).
 
     K is the most classes that an image of the batch has (at least 1): what a batch costs does not
     grow with C.
@@ -205,9 +197,7 @@ def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iteration
 
 
 def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIONS):
-    """One image's pseudo-mask: pixels (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in
-    {0, 1..C, 255}.
-    """
+    """One image: (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
     class_ids = torch.as_tensor(class_ids).to(cam.device, non_blocking=True)[None]
     images, present = pixels[None].float() / 255, torch.ones_like(class_ids)
     return pseudo_label(images, cam[None], class_ids, present, low, high, iterations)[0]
@@ -217,9 +207,7 @@ def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIO
 # CAMs of whole images
 # -------------------------------------------------------------------------------------------------
 def parse_layers(text, depth):
-    """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> tuple of layer indices; "entropy"
-    stays what it is.
-    """
+    """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> layer indices; or "entropy"."""
     if text == "entropy":
         return text
     if text in ("all", "none"):
@@ -276,7 +264,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
             elif layers == "entropy":
                 entropy = aream.layer_entropy(plain, blocks, present)
                 w_layers, _ = aream.reactivation_weights(entropy)
-                weighted = sum(w_layers[:, l, None, None] * block for l, block in enumerate(blocks))
+                weighted = sum(w[:, None, None] * block for w, block in zip(w_layers.T, blocks))
                 cam = random_walk(attended, weighted, beta, steps)
             else:
                 mean = sum(blocks[l] for l in layers) / len(layers)
@@ -288,9 +276,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
 
 
 def load_classifier(path, dataset, device, options=""):
-    """The stage-1 model of a checkpoint, in eval mode, and its config; dataset: what it must have
-    been trained on.
-    """
+    """The stage-1 model in eval mode, and its config; dataset: what it was trained on."""
     checkpoint = data.read_checkpoint(path, "cls", dataset, options)
     config = checkpoint["config"]
     model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"],
@@ -349,9 +335,7 @@ def parse_args(argv=None):
 
 
 def refine_image(model, pixels, class_ids, args):
-    """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W), both on
-    the device.
-    """
+    """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W)."""
     shrunk = data.shrink(pixels, args.max_side or 50 * model.patch)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     with record_function("CAM"):
@@ -408,9 +392,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def believed_classes(model, pixels, size, precision):
-    """The classes that the classifier sees in a photograph, likeliest first, at least one: [(class
-    index, probability)].
-    """
+    """The classes seen in a photograph, likeliest first, at least one: [(index, probability)]."""
     square = data.normalise(TF.resize(pixels, [size, size], antialias=True)[None])
     with data.autocast(pixels.device, precision):
         output = model(square)

@@ -413,8 +413,8 @@ def test_wrong_weights_are_refused(tmp_path):
         (deit_state(dim=384), r"does not hold weights for deit_tiny: '\S+' is \(.*384.*\), "
          r"which does not make \(.*192.*\); give"),
         (small, "does not hold weights for deit_tiny: it has no 'blocks.3.norm1.weight'"),
-        ({**deit_state(), "dist_token": torch.zeros(1, 1, 192)}, "is a distilled DeiT .it has "
-         "a dist_token"), ({"fc.weight": torch.zeros(3)},
+        ({**deit_state(), "dist_token": torch.zeros(1, 1, 192)}, "is a distilled DeiT .it has a "
+                                                                 "dist_token"), ({"fc.weight": torch.zeros(3)},
                            r"it has no .* \(its first keys: fc.weight\)")):
         with pytest.raises(ValueError, match=message):
             vit.load_pretrained(model, state)
@@ -1006,8 +1006,8 @@ def test_demo_and_pictures(own, capsys):
                       "pictures.png").size[0] == 5 * 132  # one classifier, no predictions of train
     (own.plain / "results.json").write_text("[]")
     with pytest.raises(
-            ValueError, match="results.json has no record of layers: make it with  "
-            "python evaluate.py"):
+            ValueError, match="results.json has no record of layers: make it with  python "
+                              "evaluate.py"):
         evaluate.main([*own.common, "--what", "demo", "--before", str(own.plain)])
 
 
@@ -1044,8 +1044,8 @@ def test_refine_makes_only_what_is_missing(own):
             refine.main([*own.common, "--resume", *spoiled])
     shutil.copy(own.plain / "cls" / "last.pt", own.out / "cls" / "last.pt")
     with pytest.raises(
-            ValueError, match="--resume in .*cam, but the classifier changed since: "
-            "start again with --overwrite"):
+            ValueError, match="--resume in .*cam, but the classifier changed since: start again "
+                              "with --overwrite"):
         refine.main([*own.common, "--resume"])
 
 
@@ -1059,8 +1059,8 @@ def test_deeplab_refuses_other_masks_and_never_deletes_unasked(own):
     predictions = own.out / "pred" / "val"
     (own.out / "seg").rename(own.out / "elsewhere")
     with pytest.raises(
-            ValueError, match="pred holds predictions, but .*seg no model that made "
-            "them: replace them with --overwrite"):
+            ValueError, match="pred holds predictions, but .*seg no model that made them: "
+                              "replace them with --overwrite"):
         train_seg.main(own.seg)
     assert len(list(predictions.glob("*.png"))) == 16
     (predictions / "stale.png").write_bytes(b"of the model before")
@@ -1071,17 +1071,15 @@ def test_deeplab_refuses_other_masks_and_never_deletes_unasked(own):
 def test_a_missing_or_wrong_prediction_is_no_perfect_score(own):
     path = own.out / "pred" / "val" / "toy_val_0003.png"
     for spoil, message in ((lambda: path.unlink(),
-                            "1 of 16 files are missing .*toy_val_0003.*python "
-                            "train_seg.py"),
+                            "1 of 16 files are missing .*toy_val_0003.*python train_seg.py"),
                            (lambda: data.write_mask(path, np.full(
-                               (64, 64), 255)), "toy_val_0003.png: the "
-                            "prediction holds 255"),
+                               (64, 64), 255)), "toy_val_0003.png: the prediction holds 255"),
                            (lambda: data.write_mask(path, np.full(
-                               (64, 64), 9)), "toy_val_0003.png cannot be "
-                            "read .*the value 9, allowed "
-                            "are 0..6"), (lambda: data.write_mask(path, np.zeros(
-                                (32, 64))), "toy_val_0003: the ground truth "
-                                          "is 64 x 64 pixels, .* 32 x 64")):
+                               (64, 64), 9)), "toy_val_0003.png cannot be read .*the value 9, "
+                                              "allowed are "
+                                              "0..6"), (lambda: data.write_mask(path, np.zeros(
+                                (32, 64))), "toy_val_0003: the ground truth is 64 x 64 pixels, "
+                                            ".* 32 x 64")):
         spoil()
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             evaluate.main([*own.common, "--what", "pred"])
@@ -1231,8 +1229,7 @@ def test_photographs_of_ones_own(own, tmp_path, capsys):
     for arguments, message in ((["--photos", str(photos), "--labels", "cat"], "does not know "
                                 "'cat'; it knows "
                                 "bars, columns"), (["--photos", str(tmp_path / "none")],
-                                                   "no photograph or folder "
-                                                   ".*none")):
+                                                   "no photograph or folder .*none")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             refine.main([*TINY, "--out", str(own.out), *arguments])
 
@@ -1479,8 +1476,7 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      True),
     ("EXIF that no longer fits the mask", lambda f: exif(f.image, 6),
      lambda f: evaluate.target_of(f.open(), "a", (48, 40), f.image),
-     "a.png: the ground truth is 40 x 48 pixels, .*a.jpg 48 x "
-     "40 .*EXIF"),
+     "a.png: the ground truth is 40 x 48 pixels, .*a.jpg 48 x 40 .*EXIF"),
     ("16-bit grey", lambda f: (grey16(f.image.with_suffix(".png")), f.image.unlink()),
      lambda f: np.unique(np.asarray(f.open().image("a"))).tolist(), [88]),
     ("float image", lambda f: (Image.fromarray(np.zeros(
@@ -1612,10 +1608,10 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("image_id as a string", first_annotation(image_id="0"), lambda f: f.open_coco(), "1 "
      "annotations belong to no image, first 0"),
     ("a dangling image_id", first_annotation(image_id=77), lambda f: f.open_coco(), "1 "
-     "annotations "
-     "belong to no "
-     "image, first "
-     "0"),
+                                                                                    "annotations "
+                                                                                    "belong to "
+                                                                                    "no image, "
+                                                                                    "first 0"),
     ("two images of one name", lambda f: f.json("train", two_of_one_name), lambda f: f.open_coco(),
      "has two images of one name, a/0001.jpg and b/0001.jpg"),
     ("a subfolder and another format", in_a_subfolder, lambda f: f.open_coco().image("0001").size,
@@ -1800,8 +1796,8 @@ def test_own_data_through_all_stages(tmp_path, capsys):
             "1"
         ])
     with pytest.raises(
-            FileNotFoundError, match=f"make it with  python train_cls.py --data "
-            f"{folder.pets} --classes {folder.classes} --out"):
+            FileNotFoundError, match=f"make it with  python train_cls.py --data {folder.pets} "
+                                     f"--classes {folder.classes} --out"):
         refine.main(folder.common)
     train_cls.main([*folder.common, *stage["cls"]])
     refine.main([*folder.common, "--max-side", "320"])
@@ -1816,8 +1812,8 @@ def test_own_data_through_all_stages(tmp_path, capsys):
     folder.classes.write_text("dog\ncat\naxolotl\n")
     for what in ("cam", "pseudo", "pred"):
         with pytest.raises(
-                ValueError, match="args.json and .*classes.txt disagree about the "
-                "classes: class 1 is 'cat' in the first, 'dog' in"):
+                ValueError, match="args.json and .*classes.txt disagree about the classes: class "
+                                  "1 is 'cat' in the first, 'dog' in"):
             evaluate.main([*folder.common, "--what", what])
     with pytest.raises(ValueError, match="last.pt and .*classes.txt disagree about the classes"):
         refine.main([*folder.common, "--overwrite"])
@@ -2124,8 +2120,7 @@ MESSAGES = [  # stage, arguments, what is printed after "error: "
 
 
 @pytest.mark.parametrize("stage, arguments, message", MESSAGES,
-                         ids=[f"{m[0].__name__} "
-                              f"{' '.join(m[1])}" for m in MESSAGES])
+                         ids=[f"{m[0].__name__} {' '.join(m[1])}" for m in MESSAGES])
 def test_the_users_errors_are_one_line(stage, arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
@@ -2173,8 +2168,8 @@ def test_non_finite_loss_stops(tmp_path, monkeypatch):
     train(tmp_path / "b", "--reactivation", "none", epochs=1)
     monkeypatch.setattr(aream, "classification_loss", broken)
     with pytest.raises(
-            FloatingPointError, match="not finite in epoch 1, step 1 to 2; nothing is "
-            "written yet. Lower --lr"):
+            FloatingPointError, match="not finite in epoch 1, step 1 to 2; nothing is written "
+                                      "yet. Lower --lr"):
         train(tmp_path / "a")
     with pytest.raises(FloatingPointError, match="not finite in epoch 2, step 1 to 2; nothing is "
                        "written yet"):
@@ -2224,11 +2219,10 @@ def test_what_resume_branch_and_overwrite_refuse(own, tmp_path):
                                        ((own.plain, "--reactivation", "none", "--resume"), 4,
                                         "--resume in .* with another --epochs"),
                                        ((tmp_path / "late", "--branch-from", str(last)), 2,
-                                        "last.pt is already at epoch 2: "
-                                        "give more than --epochs 2"),
+                                        "last.pt is already at epoch 2: give more than --epochs "
+                                        "2"),
                                        ((own.plain, "--branch-from", str(last), "--overwrite"), 3,
-                                        "--overwrite would delete "
-                                        ".*last.pt, from which to "
+                                        "--overwrite would delete .*last.pt, from which to "
                                         "branch")):
         with pytest.raises(ValueError, match=message):
             train(*arguments, epochs=epochs)
@@ -2821,8 +2815,7 @@ def gpu_table(device, folder, tiny):
                 train_cls.train_step(model, optimizer, batch, args, True,
                                      aream.coupled_layers(6)).cpu())
         table_row(f"one step, labels {mode}: losses on the CPU and here",
-                  " / ".join(f"{a:.5f} "
-                             f"{b:.5f}" for a, b in zip(*losses)))
+                  " / ".join(f"{a:.5f} {b:.5f}" for a, b in zip(*losses)))
 
     # 2. where the time goes
     size = ["--data", "toy", "--device", device, "--out", folder / "profile"]
@@ -2841,8 +2834,8 @@ def gpu_table(device, folder, tiny):
     gap = (fused(score, kernel) - plain(score, kernel)).abs().max().item()
     table_row(
         "PAR, one iteration: plain, compiled, largest difference",
-        f"{timed(lambda: plain(score, kernel)):.2f} ms, "
-        f"{timed(lambda: fused(score, kernel)):.2f} ms, {gap:.1e}")
+        f"{timed(lambda: plain(score, kernel)):.2f} ms, {timed(lambda: fused(score, kernel)):.2f} "
+        f"ms, {gap:.1e}")
     for N in (216, ) if tiny else (216, 788, 1712):
         q, k, v = torch.rand(3, 4, 6, N, 64, device=device, dtype=torch.bfloat16)
         apart = timed(lambda: ((q @ k.transpose(-2, -1)) / 8).float().softmax(-1).to(v.dtype) @ v)
@@ -2883,8 +2876,8 @@ if __name__ == "__main__":
     if gpu and not tiny and not torch.cuda.is_available():
         sys.exit(
             print(
-                "error: no CUDA card here; python test_aream.py gpu tiny tries the program "
-                "on a CPU", file=sys.stderr) or 2)
+                "error: no CUDA card here; python test_aream.py gpu tiny tries the program on a "
+                "CPU", file=sys.stderr) or 2)
     with tempfile.TemporaryDirectory() as temporary:
         if gpu:
             gpu_table("cpu" if tiny else "cuda", Path(temporary), tiny)

@@ -72,8 +72,8 @@ def parse_args(argv=None):
     add("--affinity-weight", type=float, metavar="W",
         help="of the AReAM loss (default 0.1; toy 4)")
     add("--labels", choices=("two-views", "shared"), default="two-views",
-        help="from an extra pass over image and mirror image (default), or from the training pass "
-             "itself")
+        help="from an extra pass over image and mirror image (default), or from the training "
+             "pass itself")
     add("--low", type=float, default=0.35,
         help="low background score of the pseudo-label (default 0.35)")
     add("--high", type=float, default=0.55, help="high background score (default 0.55)")
@@ -97,9 +97,7 @@ def parse_args(argv=None):
 # Images
 # -------------------------------------------------------------------------------------------------
 def erase(pixels):
-    """Random erasing: with probability 0.25, noise in 2 to 33 % of the area; pixels (3, H, W)
-    uint8 in and out.
-    """
+    """Random erasing (p 0.25): noise in 2 to 33 % of the area, (3, H, W) uint8 in and out."""
     standard = (pixels.float() / 255 - 0.45) / 0.225
     erased = v2.RandomErasing(0.25, value="random")(standard)
     return (255 * (0.45 + 0.225 * erased)).clamp(0, 255).round().to(torch.uint8)
@@ -122,9 +120,7 @@ AUGMENTATIONS = {  # name -> transforms of a PIL image into (3, size, size) uint
 
 
 class ClassificationSet(Dataset):
-    """(image (3, size, size) uint8, labels (C,)) by (index, seed): augmented, or (None) squeezed
-    to a square.
-    """
+    """(image (3, size, size) uint8, labels (C,)) by (index, seed), augmented or squeezed."""
 
     def __init__(self, dataset, size, augment=None):
         self.dataset = dataset
@@ -148,8 +144,7 @@ class ClassificationSet(Dataset):
 # -------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def label_pass(model, pixels, precision):
-    """The forward pass that labels are made from, in eval mode, over the image and its mirror
-    image.
+    """The forward pass that labels are made from: eval mode, image and mirror image.
 
     pixels (B, 3, H, W) uint8 -> ViTOutput of 2 * B images.
     """
@@ -164,8 +159,7 @@ def label_pass(model, pixels, precision):
 @torch.no_grad()
 def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=None, low=0.35,
                 high=0.55):
-    """The affinity labels and counterpart weights of a batch, from a forward pass over one or two
-    views of it.
+    """The affinity labels and w_hat of a batch, from a forward pass over 1 or 2 views of it.
 
     output: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; labels (B, C); guide: layer
     indices; entropy (L,) in bits replaces each image's own (--entropy static). Returns label (B,
@@ -197,8 +191,7 @@ def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=N
 
 
 def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
-    """One optimiser step on batch = (pixels, labels) -> its classification and affinity loss, (2,)
-    detached.
+    """One optimiser step on batch = (pixels, labels) -> both losses, (2,) detached.
 
     active: with the AReAM loss. coupling: the guide and the supervised layers. entropy: see
     make_labels.
@@ -240,8 +233,7 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
 # One epoch
 # -------------------------------------------------------------------------------------------------
 def schedule(done):
-    """Learning rate, as a share of --lr, when a share done in [0, 1] of the training is over: as
-    in the release.
+    """The release's learning rate as a share of --lr; done: share of the training, [0, 1].
 
     A linear warm-up over the first twelfth (5 of 60 epochs) from 0.016, then a cosine to 0.16
     (1e-5 of 6.25e-5).
@@ -252,9 +244,7 @@ def schedule(done):
 
 
 def train_one_epoch(model, optimizer, loader, args, epoch, coupling, entropy, device):
-    """All steps of an epoch -> its log record. Raises FloatingPointError soon after a loss that is
-    not finite.
-    """
+    """All steps of an epoch -> its log record. FloatingPointError if a loss is not finite."""
     active = args.reactivation != "none" and epoch >= args.warmup_epochs
     loader.sampler.set_epoch(epoch)
     data.seed_epoch(args.seed, epoch)
@@ -272,8 +262,8 @@ def train_one_epoch(model, optimizer, loader, args, epoch, coupling, entropy, de
                 raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step "
                                          f"{max(1, step - 19)} to {step}")
             rate = step * args.batch / (time.time() - begin)
-            data.progress(f"step {step}/{steps}  losses {sums[0] / step:.4f} {sums[1] / step:.4f} "
-                          f" {rate:.1f} images/s")
+            data.progress(f"step {step}/{steps}  losses {sums[0] / step:.4f} "
+                          f"{sums[1] / step:.4f}  {rate:.1f} images/s")
 
     seconds = time.time() - begin
     cls_loss, aff_loss = (data.sum_over_all(sums) / steps / data.world()).tolist()
@@ -312,9 +302,7 @@ def validate(model, samples, args, device):
 
 
 def mean_average_precision(logits, labels):
-    """logits, labels (images, C) -> mean over the classes that occur of average precision over
-    images, in [0, 1].
-    """
+    """logits, labels (images, C) -> mean AP in [0, 1] over the classes that occur."""
     precisions = []
     for score, label in zip(logits.T, labels.T):
         if label.any():
@@ -408,7 +396,8 @@ def main(argv=None):
     wrapped, begin, saved = data.distributed(model, device), time.time(), time.time()
     for epoch in range(first, args.epochs):
         static = None
-        if args.entropy == "static" and args.reactivation != "none" and epoch >= args.warmup_epochs:
+        active = args.reactivation != "none" and epoch >= args.warmup_epochs
+        if active and args.entropy == "static":
             if entropy is None:
                 loader.sampler.set_epoch(epoch)  # the same crops in a resumed run
                 entropy = mean_entropy(model, loader, args.precision, device).cpu()
@@ -450,9 +439,7 @@ def open_validation(args, dataset):
 
 
 def profile(model, optimizer, loader, args, coupling, device):
-    """Print where the time of --profile steps goes, plain and with the AReAM loss, and what the
-    run would take.
-    """
+    """Print where the time goes in --profile steps, and how long the run would take."""
     views = {"two-views": 2, "shared": 0}[args.labels]
     forward = args.batch * model.flops((args.size // model.patch,) * 2)
 

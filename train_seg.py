@@ -27,7 +27,7 @@ import model as vit
 
 ARCHITECTURES = ("deeplabv3_resnet101", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large",
                  "deeplabv3_mobilenet_v2", "deeplabv3_vit")
-BACKBONE_WEIGHTS = {  # ImageNet classification; torchvision's segmentation weights saw pixel labels
+BACKBONE_WEIGHTS = {  # of classification: torchvision's segmentation weights saw pixel labels
     "deeplabv3_resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
     "deeplabv3_resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
     "deeplabv3_mobilenet_v3_large": torchvision.models.MobileNet_V3_Large_Weights.IMAGENET1K_V1,
@@ -80,8 +80,8 @@ def parse_args(argv=None):
         args.scales = [1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5]
     if args.epochs < 1 or args.batch < 2:
         parser.error(f"--epochs {args.epochs} --batch {args.batch}: at least one epoch, and two "
-                     f"images a batch "
-                     f"(DeepLab's batch normalisation of pooled features needs them)")
+                     "images a batch (DeepLab's batch normalisation of pooled features needs "
+                     "them)")
     if min(args.scales or [1]) <= 0 or (args.max_side or 16) < 16:
         parser.error(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at "
                      f"least 16 px")
@@ -92,9 +92,7 @@ def parse_args(argv=None):
 # Images and masks
 # -------------------------------------------------------------------------------------------------
 class SegmentationSet(Dataset):
-    """(image (3, size, size) uint8, mask (size, size) int64) with joint scale, flip and crop;
-    padding is 255.
-    """
+    """(image (3, size, size) uint8, mask (size, size) int64), scaled, flipped and cropped."""
 
     def __init__(self, dataset, masks, size):
         self.dataset, self.masks, self.size = dataset, Path(masks), size
@@ -124,9 +122,7 @@ class SegmentationSet(Dataset):
 
 
 def is_ground_truth(dataset, folder):
-    """Whether a folder of masks is ground truth: one of the data set's mask folders, or a copy of
-    its masks.
-    """
+    """Whether a folder is one of the data set's folders of masks, or a copy of one."""
     folder = Path(folder).resolve()
     if any(folder == f.resolve() for f in dataset.ground_truth_folders()):
         return True
@@ -136,7 +132,8 @@ def is_ground_truth(dataset, folder):
             target = dataset.mask(name)
         except (FileNotFoundError, ValueError):  # none, or none that could have been copied
             continue
-        if not np.array_equal(data.read_mask(folder / f"{name}.png", len(dataset.classes)), target):
+        mask = data.read_mask(folder / f"{name}.png", len(dataset.classes))
+        if not np.array_equal(mask, target):
             return False
         compared += 1
     return compared > 0
@@ -146,8 +143,7 @@ def is_ground_truth(dataset, folder):
 # Models
 # -------------------------------------------------------------------------------------------------
 class Features(nn.Module):
-    """Wraps a trunk of layers so that torchvision's DeepLabV3 finds its feature map under "out".
-    """
+    """Wraps a trunk so that torchvision's DeepLabV3 finds its feature map under "out"."""
 
     def __init__(self, features):
         super().__init__()
@@ -171,9 +167,7 @@ class ViTFeatures(nn.Module):
 
 
 def mobilenet_v2_features():
-    """torchvision's MobileNetV2 trunk up to its 320 channels, at stride 16 (the last stride
-    becomes dilation 2).
-    """
+    """torchvision's MobileNetV2 up to its 320 channels, at stride 16."""
     features = torchvision.models.mobilenet_v2(weights=None).features[:-1]
     for module in features[14:].modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
@@ -200,21 +194,18 @@ def build(arch, num_classes, classifier=None):
 
 
 def load_backbone(net, arch, source):
-    """ImageNet classification weights into a CNN backbone: source "auto" (torchvision's download)
-    or a path.
-    """
+    """ImageNet weights into a CNN backbone; source "auto" (torchvision's) or a path."""
     if source == "auto":
         try:
             found = BACKBONE_WEIGHTS[arch].get_state_dict(progress=True, check_hash=True)
         except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
             raise FileNotFoundError(f"could not download {BACKBONE_WEIGHTS[arch].url} ({error}); "
-                                    f"fetch it elsewhere and "
-                                    f"give its path with --pretrained PATH, or use --pretrained "
-                                    f"none") from error
+                                    "fetch it elsewhere and give its path with --pretrained "
+                                    "PATH, or use --pretrained none") from error
     else:
         found = vit.plain_weights(vit.read_weights(source, arch))
     own = net.backbone.state_dict()
-    if arch.startswith("deeplabv3_mobilenet_v3"):  # layers are 0, 1, ... here, features.0 ... there
+    if arch.startswith("deeplabv3_mobilenet_v3"):  # layers 0, 1, ... here, features.0 ... there
         found = {k.removeprefix("features."): v for k, v in found.items()}
     if not any(k in found for k in own) and "0.0.weight" in found:
         found = {f"features.{k}": v for k, v in found.items()}
@@ -223,9 +214,8 @@ def load_backbone(net, arch, source):
     wrong = [k for k, v in chosen.items() if v.shape != own[k].shape]
     if absent or wrong:
         raise ValueError(f"{source} does not hold an ImageNet backbone for {arch} (first problem "
-                         f"at "
-                         f"{(absent + wrong)[0]}); give torchvision's classification weights of "
-                         f"that network")
+                         f"at {(absent + wrong)[0]}); give torchvision's classification weights "
+                         "of that network")
     net.backbone.load_state_dict(chosen, strict=False)
 
 
@@ -233,9 +223,7 @@ def load_backbone(net, arch, source):
 # Training and prediction
 # -------------------------------------------------------------------------------------------------
 def train_one_epoch(net, optimizer, loader, args, epoch, device):
-    """All steps of an epoch -> its log record. Raises FloatingPointError soon after a loss that is
-    not finite.
-    """
+    """All steps of an epoch -> its log record. FloatingPointError if a loss is not finite."""
     loader.sampler.set_epoch(epoch)
     data.seed_epoch(args.seed, epoch)
     net.train()
@@ -273,9 +261,7 @@ def train_one_epoch(net, optimizer, loader, args, epoch, device):
 
 @torch.no_grad()
 def predict(net, pixels, scales, multiple=1, precision="float32"):
-    """The likeliest class over scales and mirror images: pixels (3, H, W) uint8 -> mask (H, W)
-    uint8 in 0..C.
-    """
+    """The likeliest class over scales and mirror images: (3, H, W) uint8 -> (H, W) uint8."""
     H, W = pixels.shape[-2:]
     images, total = data.normalise(pixels[None]), 0
     for scale in scales:
@@ -302,9 +288,7 @@ def make_optimizer(net, args):
 
 
 def restore(net, optimizer, args, dataset, folder, classifier):
-    """Where training begins: resumed, from pretrained weights or from scratch. Returns the first
-    epoch.
-    """
+    """Where training begins (resumed, pretrained, scratch) -> the first epoch."""
     last = folder / "last.pt"
     if args.resume and last.is_file():
         checkpoint = data.read_checkpoint(last, "seg", dataset)
@@ -327,8 +311,7 @@ def largest_side(args, multiple):
 
 
 def check_masks(dataset, masks, options):
-    """Raises an error where a folder holds no masks to train on: none, ground truth, or no class.
-    """
+    """An error where a folder holds no masks to train on: none, ground truth, no class."""
     data.need_files(masks, dataset.ids, ".png", f"python refine.py {options}")
     if is_ground_truth(dataset, masks):
         raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly "
@@ -380,8 +363,7 @@ def main(argv=None):
     outdated = first == 0 and predictions.parent.is_dir()  # made by an earlier model
     if outdated and not args.overwrite:
         raise ValueError(f"{predictions.parent} holds predictions, but {folder} no model that "
-                         f"made them: replace them with "
-                         f"--overwrite, or choose another --out")
+                         "made them: replace them with --overwrite, or choose another --out")
     data.prepare_folder(folder, args, dataset, **made_from)
     if outdated and not data.rank():
         shutil.rmtree(predictions.parent)
@@ -413,7 +395,8 @@ def main(argv=None):
     begin = time.time()
     share = target.ids[data.rank()::data.world()]
     todo = [n for n in share if not (predictions / f"{n}.png").is_file()]
-    for count, (name, pixels) in enumerate(data.photographs(target, todo, args.workers, device), 1):
+    photographs = data.photographs(target, todo, args.workers, device)
+    for count, (name, pixels) in enumerate(photographs, 1):
         shrunk = data.shrink(pixels, largest_side(args, multiple)).to(device)
         mask = predict(net, shrunk, args.scales, multiple, args.precision).cpu()
         mask = data.enlarge(mask, pixels.shape[-2:])
