@@ -564,41 +564,41 @@ def toy_colour(hue):
 DATASETS = ("VOC2012", "COCO2014", "toy")
 
 
-def training_split(data):
+def training_split(name):
     """The split a data set is trained on unless --split says otherwise."""
-    return "trainaug" if data == "VOC2012" else "train"
+    return "trainaug" if name == "VOC2012" else "train"
 
 
-def open_data(data, root, split, limit=None, cache=None, classes=None):
+def open_data(name, root, split, limit=None, cache=None, classes=None):
     """One split of a data set, checked: an ImageSet.
 
-    data: a name in DATASETS (under root), or a folder in VOC layout with its own classes, named in
+    name: one of DATASETS (under root), or a folder in VOC layout with its own classes, named in
     the file classes. limit: only the first so many images. cache: folder for COCO's rasterised
     masks. Raises ValueError and FileNotFoundError on whatever does not fit together.
     """
-    if data not in DATASETS and not (Path(data).is_dir() and classes):
-        raise ValueError(f"unknown data set {data!r}: use {', '.join(DATASETS)}, or a folder in "
+    if name not in DATASETS and not (Path(name).is_dir() and classes):
+        raise ValueError(f"unknown data set {name!r}: use {', '.join(DATASETS)}, or a folder in "
                          "VOC layout, with --classes naming a file that lists its class names")
-    if data in DATASETS and classes:
-        raise ValueError(f"--classes {classes}: {data} has classes of its own; --classes goes "
+    if name in DATASETS and classes:
+        raise ValueError(f"--classes {classes}: {name} has classes of its own; --classes goes "
                          f"with --data FOLDER")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: at least one image is needed")
-    if data == "VOC2012":
-        dataset = VOC(Path(root) / "VOCdevkit" / "VOC2012", split, data, VOC_CLASSES, "VOC 2012")
-    elif data == "COCO2014":
+    if name == "VOC2012":
+        dataset = VOC(Path(root) / "VOCdevkit" / "VOC2012", split, name, VOC_CLASSES, "VOC 2012")
+    elif name == "COCO2014":
         dataset = COCO(root, split, cache)
-    elif data == "toy":
+    elif name == "toy":
         dataset = Toy(split)
     else:
         names = tuple(line.strip() for line in read_text(classes).splitlines() if line.strip())
         check_classes(names, classes)
-        dataset = VOC(data, split, data, names, classes)
+        dataset = VOC(name, split, name, names, classes)
     check_classes(dataset.classes, dataset.source)
     if not dataset.ids:
-        raise ValueError(f"the split {split!r} of {data} is empty")
-    if twice := [name for name, count in Counter(dataset.ids).items() if count > 1]:
-        raise ValueError(f"the split {split!r} of {data} lists {twice[0]!r} more than once")
+        raise ValueError(f"the split {split!r} of {name} is empty")
+    if twice := [one for one, count in Counter(dataset.ids).items() if count > 1]:
+        raise ValueError(f"the split {split!r} of {name} lists {twice[0]!r} more than once")
     dataset.ids = dataset.ids[:limit]
     return dataset
 
@@ -648,30 +648,30 @@ ARCHIVES = {  # data set -> where it goes under --data-root; address, MD5, folde
     ])}
 
 
-def download(data, root):
+def download(name, root):
     """Fetch, check and extract a data set as the README lays it out, unless it is there.
 
-    Archives are kept in <root>/download/<data> until all are extracted there; only then does the
+    Archives are kept in <root>/download/<name> until all are extracted there; only then does the
     data set take its place, so that half of it is never taken for all. Raises ValueError and
     OSError with the remedy.
     """
-    if data not in ARCHIVES:
-        raise ValueError(f"--download: {data} is not to be had there; it goes with --data "
+    if name not in ARCHIVES:
+        raise ValueError(f"--download: {name} is not to be had there; it goes with --data "
                          f"{' or '.join(ARCHIVES)}")
-    place, archives = ARCHIVES[data]
-    target, fetched = Path(root) / place, Path(root) / "download" / data
+    place, archives = ARCHIVES[name]
+    target, fetched = Path(root) / place, Path(root) / "download" / name
     if target.is_dir():
-        if missing := [part for part in PARTS[data] if not (target / part).is_dir()]:
+        if missing := [part for part in PARTS[name] if not (target / part).is_dir()]:
             raise ValueError(f"{target} is there, but lacks {missing[0]}: complete it by hand, or "
                              "move it away and give --download again")
         return
     size = sum(gigabytes for *_, gigabytes in archives)
-    print(f"{data}: {size:.1f} GB to download into {fetched}, as much to extract", flush=True)
+    print(f"{name}: {size:.1f} GB to download into {fetched}, as much to extract", flush=True)
     fetched.mkdir(parents=True, exist_ok=True)
     there = sum(file.stat().st_size for file in fetched.rglob("*") if file.is_file())
     free, needed = shutil.disk_usage(fetched).free, 2e9 * size - there
     if free < needed:
-        raise OSError(f"{fetched} has {free / 1e9:.1f} GB free, {data} takes {needed / 1e9:.1f} "
+        raise OSError(f"{fetched} has {free / 1e9:.1f} GB free, {name} takes {needed / 1e9:.1f} "
                       "more: make room, or give another --data-root")
     for address, md5, folder, _ in archives:
         try:

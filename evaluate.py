@@ -2,7 +2,7 @@
 
 Reads  ground truth (nothing else does) and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
-       layers              <out>/cls/last.pt: the seed refined by each layer, and its state
+       layers              <out>/cls/last.pt: the seed refined by each layer, and how smooth it is
        pictures            the first images of the split, from photo to prediction
        demo                table and pictures of two finished runs, --before (plain) and --out
        study               the records of many runs, as tables (--records)
@@ -102,15 +102,15 @@ def summarise(counts):
     return {"fixed": miou[FIXED], "best": miou[best], "best_threshold": best / 100}
 
 
-def rank_correlation(table, state, threshold):
+def rank_correlation(table, measures, threshold):
     """Spearman's, over layers, of entropy and seed mIoU, in [-1, 1].
 
-    table, state: of evaluate_layers; threshold: "fixed" or "best". Near -1: the higher the
+    table, measures: of evaluate_layers; threshold: "fixed" or "best". Near -1: the higher the
     entropy, the worse the seed refined by that layer alone, as re-activation weights presume; near
     0: entropy says nothing.
     """
-    miou = [table[f"layer {l}"][threshold] for l in range(len(state["entropy"]))]
-    ranks = [np.argsort(np.argsort(values)) for values in (state["entropy"], miou)]
+    miou = [table[f"layer {l}"][threshold] for l in range(len(measures["entropy"]))]
+    ranks = [np.argsort(np.argsort(values)) for values in (measures["entropy"], miou)]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
@@ -177,7 +177,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     """What each layer's affinity does to the seed, and how smooth it is: one pass.
 
     Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's
-    Figure 1; "unrefined" is the patch map times the class tokens' attention), and state: lists
+    Figure 1; "unrefined" is the patch map times the class tokens' attention), and measures: lists
     over the layers, means over the images (Figure 3): "entropy" in bits (aream.layer_entropy),
     "distance" (aream.row_distance), "top" (aream.top_share), "w_hat" (aream.reactivation_weights).
     """
@@ -209,8 +209,8 @@ def evaluate_layers(dataset, model, deep_from, args, device):
             data.progress(f"{i}/{len(dataset.ids)}  {i / (time.time() - begin):.1f} images/s")
     data.progress("")
     need_classes(counts["unrefined"].sum((1, 2)), dataset)
-    state = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist()))
-    return {variant: summarise(c) for variant, c in counts.items()}, state
+    measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist()))
+    return {variant: summarise(c) for variant, c in counts.items()}, measures
 
 
 def measure_layers(output, labels):
@@ -344,10 +344,10 @@ def draw_layers(path, model, dataset, records, args, device):
         alone[name] = [record["table"][f"layer {l}"]["fixed"] for l in range(depth)]
     together = {name: r["table"]["all layers"]["fixed"] for name, r in records.items()}
     charts = [(f"seed mIoU (%) at {FIXED_THRESHOLD}, one layer (dotted: all)", alone, together)]
-    for title, key in (("distance between affinity rows", "distance"), ("entropy of the refined "
-                                                                        "CAM (bits)", "entropy"),
+    for title, key in (("distance between affinity rows", "distance"),
+                       ("entropy of the refined CAM (bits)", "entropy"),
                        ("attention on the top 5 % of patches", "top")):
-        charts.append((title, {name: r["state"][key] for name, r in records.items()}, None))
+        charts.append((title, {name: r["measures"][key] for name, r in records.items()}, None))
     for i, chart in enumerate(charts):
         draw_chart(draw, (2 * cell * i, 0), (2 * cell, 240), *chart)
 
@@ -393,7 +393,7 @@ def print_classes(dataset, result):
             print(f"  {name:<14} " + " ".join(cells))
 
 
-def print_layers(table, state, deep_from):
+def print_layers(table, measures, deep_from):
     print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  "
           f"{'entropy':>7} {'distance':>8} {'top 5 %':>7}  {'w_hat':>5}")
     for name, row in table.items():
@@ -401,18 +401,16 @@ def print_layers(table, state, deep_from):
         line = f"  {name:<16} {row['fixed']:7.1f} {best}"
         if name.startswith("layer "):
             l = int(name.removeprefix("layer "))
-            entropy, distance, top, w_hat = (
-                state[key][l] for key in MEASURES)
+            entropy, distance, top, w_hat = (measures[key][l] for key in MEASURES)
             line += f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %  {w_hat:5.2f}"
         print(line)
-    fixed, best = (rank_correlation(table, state, threshold) for threshold in ("fixed", "best"))
-    print(f"  * chosen with pixel labels: an upper bound, not a result from image labels\n"
-          f"  mean counterpart weight w_hat: {np.mean(state['w_hat']):.2f} over all layers, "
-          f"{np.mean(state['w_hat'][deep_from:]):.2f} over the deep ones (with uniform weights: "
-          f"1)\n"
-          f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at "
-          f"{FIXED_THRESHOLD}, {best:+.2f} at the best "
-          f"thresholds")
+    w_hat = measures["w_hat"]
+    fixed, best = (rank_correlation(table, measures, threshold) for threshold in ("fixed", "best"))
+    print("  * chosen with pixel labels: an upper bound, not a result from image labels")
+    print(f"  mean counterpart weight w_hat: {np.mean(w_hat):.2f} over all layers, "
+          f"{np.mean(w_hat[deep_from:]):.2f} over the deep ones (with uniform weights: 1)")
+    print(f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at "
+          f"{FIXED_THRESHOLD}, {best:+.2f} at the best thresholds")
 
 
 def spread(values, form=".1f"):
@@ -436,7 +434,7 @@ def study_columns(runs, reference):
     if all("table" in run for run in runs):
         for column in SEED_COLUMNS:
             cells[column] = seed_cell(runs, column)
-        correlations = [rank_correlation(run["table"], run["state"], "fixed") for run in runs]
+        correlations = [rank_correlation(run["table"], run["measures"], "fixed") for run in runs]
         cells["entropy ~ mIoU"] = spread(correlations, "+.2f")
         before = {run["seed"]: run["table"]["all layers"]["fixed"] for run in reference}
         gains = [run["table"]["all layers"]["fixed"] - before[run["seed"]]
@@ -564,19 +562,19 @@ def score_layers(dataset, args, device):
     classifier = args.out / "cls" / "last.pt"
     model, config = refine.load_classifier(classifier, dataset, device, data.same_data(args))
     deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
-    table, state = evaluate_layers(dataset, model, deep_from, args, device)
+    table, measures = evaluate_layers(dataset, model, deep_from, args, device)
     print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
-    print_layers(table, state, deep_from)
+    print_layers(table, measures, deep_from)
 
     record = {"scales": args.scales, "beta": args.beta, "steps": args.steps, "table": table,
-              "state": state}
+              "measures": measures}
     records = {"/".join(args.out.resolve().parts[-2:]): record}
     if args.before:
         path = args.before / "layers.json"
         remedy = (f"python evaluate.py {data.same_data(args)} --what layers --out "
                   f"{data.quoted(args.before)}")
         before = data.read_json(path, remedy)
-        if len(before["state"]["entropy"]) != len(model.blocks):
+        if len(before["measures"]["entropy"]) != len(model.blocks):
             raise ValueError(f"{path} is of a model with another number of layers")
         records = {"/".join(args.before.resolve().parts[-2:]): before, **records}
     draw_layers(args.out / "layers.png", model, dataset, records, args, device)

@@ -1001,11 +1001,11 @@ def test_layers_are_scored_and_drawn(finished):
     record = data.read_json(finished.out / "layers.json", "")
     rows = {"all, weighted", "layer 0", "layer 1", "layer 2", *evaluate.SEED_COLUMNS}
     assert set(record["table"]) == rows
-    state = record["state"]
-    assert all(len(state[measure]) == 3 for measure in evaluate.MEASURES)
-    assert max(state["entropy"]) <= 6  # log2 of 64 patches
+    measures = record["measures"]
+    assert all(len(measures[measure]) == 3 for measure in evaluate.MEASURES)
+    assert max(measures["entropy"]) <= 6  # log2 of 64 patches
     for measure in ("distance", "top", "w_hat"):
-        assert all(0 <= value <= 1 for value in state[measure])
+        assert all(0 <= value <= 1 for value in measures[measure])
     assert (finished.out / "layers.png").is_file()
 
 

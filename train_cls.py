@@ -307,8 +307,8 @@ def mean_average_precision(logits, labels):
     for score, label in zip(logits.T, labels.T):
         if label.any():
             hit = label[score.argsort(descending=True)]
-            place = torch.arange(1, len(hit) + 1)
-            precisions.append(((hit.cumsum(0) / place) * hit).sum() / hit.sum())
+            precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
+            precisions.append((precision * hit).sum() / hit.sum())
     return torch.stack(precisions).mean().item()
 
 
