@@ -1,9 +1,9 @@
 """AReAM's mathematics: which layers over-smooth, how shallow ones guide deep ones, the loss.
 
-Pure functions from tensors to tensors, in the order in which a training step calls them.
-Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens. An affinity may be
-given as (B, N, N) or as its patch-to-patch block (B, P, P): A[m, n] is how much patch m draws from
-patch n.
+Pure functions from tensors to tensors: first what makes a step's labels, then its losses.
+Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens; S^l is the affinity
+of layer l, S[m, n] how much token m draws from token n. Where no class tokens are needed, its
+patch-to-patch block (B, P, P) will do.
 """
 import math
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 REACTIVATION = ("entropy", "uniform", "none")
-IGNORE = 255
-TIE = 0.01  # bits: layers whose entropies differ by less are not told apart
+IGNORE = 255  # undecided, in masks and pair labels
+TIE = 0.01  # bits: where all layers lie within, none is told from another
 
 
 def patch_block(affinity, patches):
@@ -21,7 +21,7 @@ def patch_block(affinity, patches):
 
 
 def propagate(affinity, cam):
-    """refined[m] = sum_n A[m, n] cam[n]: (B, P, P), (B, C, gh, gw) -> (B, C, gh, gw)."""
+    """refined[m] = sum_n S[m, n] cam[n]: (B, P, P), (B, C, gh, gw) -> (B, C, gh, gw)."""
     return (cam.flatten(2) @ affinity.transpose(-2, -1)).unflatten(2, cam.shape[-2:])
 
 
@@ -34,8 +34,8 @@ def layer_entropy(cam, affinity, labels):
     """
     P = cam.shape[-2] * cam.shape[-1]
     # S^l is linear: the sum over classes may come first
-    present = torch.einsum("bc,bcp->bp", labels.to(cam), cam.flatten(2))
-    spread = [(patch_block(a, P) @ present[..., None])[..., 0] for a in affinity]  # L x (B, P)
+    of_present = torch.einsum("bc,bcp->bp", labels.to(cam), cam.flatten(2))[..., None]  # (B, P, 1)
+    spread = [(patch_block(a, P) @ of_present)[..., 0] for a in affinity]  # L x (B, P)
     log_prob = torch.stack(spread, 1).float().log_softmax(-1)  # (B, L, P), finite: so is p log p
     return -(log_prob.exp() * log_prob).sum(-1) / math.log(2)
 
@@ -113,9 +113,11 @@ def affinity_label(mask, grid):
     pixel. Returns (B, P, P) int64, symmetric: 1 same class (background counts as one), 0
     different, 255 if either is 255.
     """
-    rows, columns = (((torch.arange(n, device=mask.device) + 0.5) * size / n).long()
-                     for n, size in zip(grid, mask.shape[-2:]))
-    patch = mask[:, rows][:, :, columns].flatten(1)  # (B, P)
+    def centres(patches, pixels):
+        return ((torch.arange(patches, device=mask.device) + 0.5) * pixels / patches).long()
+
+    (gh, gw), (H, W) = grid, mask.shape[-2:]
+    patch = mask[:, centres(gh, H)][:, :, centres(gw, W)].flatten(1)  # (B, P)
     one, other = patch[:, :, None], patch[:, None, :]
     label = (one == other).long()
     return label.masked_fill((one == IGNORE) | (other == IGNORE), IGNORE)
@@ -126,42 +128,32 @@ def count_pairs(label):
     return torch.stack([(label == 0).sum(), (label == 1).sum()])
 
 
-def pair_weights(label, pairs=None):
-    """label (B, P, P) in {0, 1, 255} -> offset (B,) and weight (B, P, P) of affinity_loss.
-
-    With n1, n0 the pairs of the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 *
-    sum_{label=0} prob / (n0 + 1) is, image by image, offset + sum(weight * prob): one product a
-    layer, whatever the labels are. pairs (2,) = (n0, n1) replaces the counts of label, when that
-    is only a part of the batch.
-    """
-    n0, n1 = count_pairs(label) if pairs is None else pairs
-    same, different = 0.5 * (label == 1).float() / (n1 + 1), 0.5 * (label == 0).float() / (n0 + 1)
-    return same.sum((1, 2)), different - same
-
-
-def affinity_loss(prob, label):
+def affinity_loss(prob, label, image_weight=1.0, pairs=None):
     """Same-class pairs towards 1, different pairs towards 0, each side with half the weight.
 
     prob (B, P, P) in [0, 1]; label (B, P, P) in {0, 1, 255}. Returns (): with n1, n0 the pairs of
     the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1).
+    image_weight (B,) multiplies an image's pairs. pairs (2,) = (n0, n1) replaces the counts of
+    label, when that is only a part of the batch.
     """
-    offset, weight = pair_weights(label)
-    return offset.sum() + (weight * prob).sum()
+    n0, n1 = count_pairs(label) if pairs is None else pairs
+    attract = (1 - prob).masked_fill(label != 1, 0).sum((1, 2)) / (n1 + 1)  # (B,)
+    repel = prob.masked_fill(label != 0, 0).sum((1, 2)) / (n0 + 1)
+    return (image_weight * (0.5 * attract + 0.5 * repel)).sum()
 
 
 def aream_loss(affinity_logits, label, w_hat, supervised, pairs=None):
     """Mean over the supervised layers of w_hat^l times the affinity loss of that layer.
 
     affinity_logits: L maps (B, N, N); label (B, P, P); w_hat (B, L) or (L,), no gradient;
-    supervised: layer indices. Per image, w_hat multiplies that image's pairs inside the batch's
-    sums. pairs: see pair_weights.
+    supervised: layer indices; pairs: see affinity_loss.
     """
-    offset, weight = pair_weights(label, pairs)
+    P, total = label.shape[-1], 0
     w_hat = w_hat.detach().expand(len(label), -1)
-    total = 0
+    pairs = count_pairs(label) if pairs is None else pairs
     for l in supervised:
-        prob = patch_block(affinity_logits[l], label.shape[-1]).sigmoid()
-        total = total + ((offset + torch.einsum("bmn,bmn->b", prob, weight)) * w_hat[:, l]).sum()
+        prob = patch_block(affinity_logits[l], P).sigmoid()
+        total = total + affinity_loss(prob, label, w_hat[:, l], pairs)
     return total / len(supervised)
 
 

@@ -108,7 +108,7 @@ def read_mask(path, num_classes=MOST_CLASSES, size=None):
     """
     remedy = "a mask is an 8-bit PNG: 0 background, k for class k, 255 ignored"
     with reading(path, remedy), Image.open(path) as image:
-        mask = mask_values(image, num_classes)
+        mask = decode_mask(image, num_classes)
         if (wrong := mask[(mask > num_classes) & (mask != IGNORE)]).size:
             raise ValueError(f"it holds the value {wrong[0]}, allowed are 0..{num_classes} and "
                              f"{IGNORE}")
@@ -119,7 +119,7 @@ def read_mask(path, num_classes=MOST_CLASSES, size=None):
     return mask
 
 
-def mask_values(image, num_classes):
+def decode_mask(image, num_classes):
     """The values (H, W) uint8 that a mask, as Pillow opened it, stands for.
 
     Optimisers re-index palettes ([0, 3, 255] becomes [0, 1, 2] with the same colours), so a
@@ -161,8 +161,7 @@ def mask_values(image, num_classes):
         return np.array(as_grey, np.uint8)[index]
     for i, (colour, value) in enumerate(zip(colours, as_voc)):
         if image.mode != "P" or value not in (None, 0, i):
-            means = f"is VOC's for {value}, others are not"
-            means = "is none of VOC's" if value is None else means
+            means = f"is VOC's for {value}, others are not" if value else "is none of VOC's"
             raise ValueError(f"its colour {colour} {means}: save it in VOC's palette or as grey "
                              f"values")
     return index.astype(np.uint8)
@@ -181,15 +180,17 @@ class ImageSet:
 
     source = ""
 
+    def __init__(self):
+        self.known_labels = {}  # of what labels() was asked for
+
     def image(self, name):
         return read_image(self.image_path(name))
 
     def labels(self, name):
         """Indices of the classes in an image, sorted; each annotation is read once."""
-        known = self.__dict__.setdefault("known_labels", {})
-        if name not in known:
-            known[name] = self.read_labels(name)
-        return known[name]
+        if name not in self.known_labels:
+            self.known_labels[name] = self.read_labels(name)
+        return self.known_labels[name]
 
     def label_vector(self, name):
         """Image labels as (C,) float in {0, 1}."""
@@ -210,6 +211,7 @@ class VOC(ImageSet):
     """A folder as VOC 2012 is laid out; labels.csv may stand in place of Annotations."""
 
     def __init__(self, folder, split, name, classes, source):
+        super().__init__()
         self.root, self.split, self.name = Path(folder), split, str(name)
         self.classes, self.source = classes, source
         images = self.root / "JPEGImages"
@@ -309,6 +311,7 @@ class COCO(ImageSet):
     name = "COCO2014"
 
     def __init__(self, root, split, cache=None):
+        super().__init__()
         self.root, self.split, self.cache = Path(root) / "COCO2014", split, cache
         self.folder = self.root / f"{split}2014"
         self.source = self.root / "annotations" / f"instances_{split}2014.json"
@@ -488,6 +491,7 @@ class Toy(ImageSet):
     name, classes = "toy", TOY_CLASSES
 
     def __init__(self, split):
+        super().__init__()
         if split not in TOY_SIZES:
             raise FileNotFoundError(f"no split {split!r} in toy: use {' or '.join(TOY_SIZES)}")
         self.split = split
@@ -514,21 +518,24 @@ def draw_toy(name):
     rng = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
     S = 64
     y, x = np.mgrid[:S, :S]
+
+    # background: blurred, nearly grey; on it clutter, bodies without a badge
     coarse = Image.fromarray(rng.integers(40, 216, (6, 6, 3), dtype=np.uint8))
     coarse = coarse.resize((S, S), Image.BICUBIC)
     grey = np.asarray(coarse, np.float32).mean(-1, keepdims=True)
     image = 0.8 * grey + 0.2 * np.asarray(coarse, np.float32)
-    mask = np.zeros((S, S), np.uint8)
-    for _ in range(rng.integers(2, 5)):  # clutter: bodies without a badge
+    for _ in range(rng.integers(2, 5)):
         body, _, _ = toy_body(rng, y, x, rng.uniform(5, 10))
         image[body] = rng.uniform(40, 215) + rng.uniform(-15, 15, 3)
-    classes = set()
+
+    # objects, unless they would hide another
+    mask, classes = np.zeros((S, S), np.uint8), set()
     for _ in range(rng.integers(1, 4)):
         k = int(rng.integers(len(TOY_CLASSES)))
         radius = rng.uniform(14, 24)
         body, cy, cx = toy_body(rng, y, x, radius)
         if (mask[body] > 0).sum() > 0.3 * body.sum():
-            continue  # would hide another object
+            continue
         colour = toy_colour(2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.5))
         u, v = y - cy, x - cx
         texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0,
@@ -782,15 +789,15 @@ def train_loader(samples, batch, seed, workers, device):
         generator=torch.Generator())
 
 
-def read_photograph(dataset, name):
+def load_image(dataset, name):
     return name, TF.pil_to_tensor(dataset.image(name))
 
 
-def photographs(dataset, names, workers, device):
+def load_images(dataset, names, workers, device):
     """(name, image (3, H, W) uint8) in order; workers decode ahead if a GPU does the rest."""
     workers = workers if device.type == "cuda" else 0
     return DataLoader(names, batch_size=None, num_workers=workers, generator=torch.Generator(),
-                      collate_fn=partial(read_photograph, dataset))
+                      collate_fn=partial(load_image, dataset))  # which runs in the workers
 
 
 def photo_files(paths):
@@ -956,7 +963,7 @@ def write_checkpoint(path, checkpoint):
 def read_checkpoint(path, stage, dataset=None, options="--data VOC2012"):
     """A checkpoint of stage ("cls" or "seg"), on the CPU.
 
-    dataset: whose name and classes it must have; options: same_data of the command line, for
+    dataset: whose name and classes it must have; options: data_flags of the command line, for
     messages. Raises FileNotFoundError with the command that makes it; ValueError if unreadable or
     of something else.
     """
@@ -1101,15 +1108,26 @@ def run(main):
     except BrokenPipeError:  # of a reader such as head, who has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        lines = "".join(traceback.format_exception(error)).strip().splitlines()
+        if isinstance(error, OSError) or was_raised_here(lines):
+            print(f"error: {lines[-1].partition(': ')[2]}", file=sys.stderr)
+            code = 2
+        else:
+            print(*lines, sep="\n", file=sys.stderr)
+            code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    (os._exit if world() > 1 else sys.exit)(code)
+    if world() > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+def was_raised_here(lines):
+    """Whether a traceback ends at a raise of this project, be it in a loader's worker."""
+    last = max(i for i, line in enumerate(lines) if line.startswith('  File "'))
+    here = f'  File "{Path(__file__).parent}'
+    return lines[last].startswith(here) and lines[last + 1].strip().startswith("raise")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1136,7 +1154,7 @@ def argument_parser(description):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default cuda if there is one")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of matrix products; auto: bfloat16 where the device has it natively")
+        help="of matrix products; auto: bfloat16 where the device has it natively (toy: float32)")
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
         help="processes that load images")
     add("--seed", type=int, default=0)
@@ -1164,8 +1182,8 @@ def start(args):
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
     if args.precision == "auto":
-        tiny = args.data == "toy"  # no faster in bfloat16
-        args.precision = "bfloat16" if native_bfloat16(device) and not tiny else "float32"
+        faster = native_bfloat16(device) and args.data != "toy"  # whose products are too small
+        args.precision = "bfloat16" if faster else "float32"
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1191,7 +1209,7 @@ def quoted(path):
     return shlex.quote(str(path))
 
 
-def same_data(args):
+def data_flags(args):
     """The part of a command line that names the data, for messages."""
     words = ["--data", args.data]
     if args.classes:
@@ -1253,8 +1271,8 @@ def profile(step, steps, device, images=1, flops=None):
         name = torch.cuda.get_device_name(device) if cuda else "CPU"
         peak = next((p for key, p in PEAK_TFLOPS.items() if key in name), None)
         tera = flops / seconds / 1e12
-        print(f"  {name}: {tera:.2f} TFLOP/s of the model" + (f", {100 * tera / peak:.1f} % of "
-                                                              f"{peak}" if peak else ""))
+        share = f", {100 * tera / peak:.1f} % of {peak}" if peak else ""
+        print(f"  {name}: {tera:.2f} TFLOP/s of the model{share}")
     return images / seconds
 
 

@@ -268,7 +268,7 @@ def draw_pipeline(path, dataset, names, args, device):
     models = {}
     for run, out in runs.items():
         classifier = out / "cls" / "last.pt"
-        models[run], _ = refine.load_classifier(classifier, dataset, device, data.same_data(args))
+        models[run], _ = refine.load_classifier(classifier, dataset, device, data.data_flags(args))
     predicted = args.out / "pred" / args.split
     has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
     rows = []
@@ -507,9 +507,9 @@ def heading(args, dataset):
     return f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
 
 
-def need_masks(args, dataset, folder, suffix, settings, command):
+def need_outputs(args, dataset, folder, suffix, settings, command):
     """Files of an earlier stage, all there, and made for the same classes."""
-    made = f"python {command} {data.same_data(args)} --out {data.quoted(args.out)}"
+    made = f"python {command} {data.data_flags(args)} --out {data.quoted(args.out)}"
     data.need_files(folder, dataset.ids, suffix, made)
     if settings.is_file() and (classes := data.read_json(settings, made).get("class_names")):
         data.need_same_classes(classes, settings, dataset.classes, dataset.source)
@@ -518,7 +518,7 @@ def need_masks(args, dataset, folder, suffix, settings, command):
 def score_cams(dataset, args, device):
     folder = args.out / "cam"
     command = f"refine.py --split {args.split}"
-    need_masks(args, dataset, folder, ".npz", folder / "args.json", command)
+    need_outputs(args, dataset, folder, ".npz", folder / "args.json", command)
     counts = evaluate_cams(dataset, folder)
     record = summarise(counts)
     record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
@@ -532,7 +532,7 @@ def score_cams(dataset, args, device):
 def score_pseudo_masks(dataset, args, device):
     folder = args.out / "pseudo"
     command = f"refine.py --split {args.split}"
-    need_masks(args, dataset, folder, ".png", folder / "args.json", command)
+    need_outputs(args, dataset, folder, ".png", folder / "args.json", command)
     confusion, unlabelled, each = evaluate_masks(dataset, folder, pseudo=True)
     labelled, every = scores(confusion), scores(confusion, unlabelled)
     undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
@@ -547,7 +547,7 @@ def score_pseudo_masks(dataset, args, device):
 
 def score_predictions(dataset, args, device):
     folder = args.out / "pred" / args.split
-    need_masks(args, dataset, folder, ".png", args.out / "seg" / "args.json",
+    need_outputs(args, dataset, folder, ".png", args.out / "seg" / "args.json",
                f"train_seg.py --resume --predict-split {args.split} <its other settings>")
     confusion, _, each = evaluate_masks(dataset, folder)
     result = scores(confusion)
@@ -560,7 +560,7 @@ def score_predictions(dataset, args, device):
 
 def score_layers(dataset, args, device):
     classifier = args.out / "cls" / "last.pt"
-    model, config = refine.load_classifier(classifier, dataset, device, data.same_data(args))
+    model, config = refine.load_classifier(classifier, dataset, device, data.data_flags(args))
     deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
     table, measures = evaluate_layers(dataset, model, deep_from, args, device)
     print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
@@ -571,7 +571,7 @@ def score_layers(dataset, args, device):
     records = {"/".join(args.out.resolve().parts[-2:]): record}
     if args.before:
         path = args.before / "layers.json"
-        remedy = (f"python evaluate.py {data.same_data(args)} --what layers --out "
+        remedy = (f"python evaluate.py {data.data_flags(args)} --what layers --out "
                   f"{data.quoted(args.before)}")
         before = data.read_json(path, remedy)
         if len(before["measures"]["entropy"]) != len(model.blocks):
@@ -588,7 +588,7 @@ def draw_pictures(dataset, args, device):
 def pack_submission(dataset, args, device):
     """A split's predictions as VOC's server wants them: ids, sizes and values checked."""
     folder, C = args.out / "pred" / args.split, len(dataset.classes)
-    need_masks(args, dataset, folder, ".png", args.out / "seg" / "args.json",
+    need_outputs(args, dataset, folder, ".png", args.out / "seg" / "args.json",
                f"train_seg.py --resume --predict-split {args.split} <its other settings>")
     for name in dataset.ids:
         mask = data.read_mask(folder / f"{name}.png", C, dataset.image(name).size[::-1])
@@ -606,7 +606,7 @@ def pack_submission(dataset, args, device):
 def show_demo(dataset, args, device):
     """The demo's table and picture, from two runs: --before (plain) and --out (AReAM)."""
     def last(out, what):
-        remedy = (f"python evaluate.py {data.same_data(args)} --what {what} --out "
+        remedy = (f"python evaluate.py {data.data_flags(args)} --what {what} --out "
                   f"{data.quoted(out)}")
         found = [r for r in data.read_json(out / "results.json", remedy) if r["what"] == what]
         if not found:

@@ -7,6 +7,7 @@
 Letters: B batch, L layers, A heads, C foreground classes (= class tokens), P = gh * gw patches,
 N = C + P tokens.
 """
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -56,18 +57,16 @@ class Attention(nn.Module):
         scale = (D // self.heads) ** -0.5
         affinity = logits = None
         if capture in (True, "affinity"):
-            # Only the mean over heads leaves this block, so memory grows with L * N^2, not with L
-            # * A * N^2.
+            # Only the mean over heads leaves: memory grows with L N^2, not with L A N^2.
             with torch.no_grad():
                 prob = ((q @ k.transpose(-2, -1)) * scale).float().softmax(-1)  # (B, A, N, N)
                 affinity = prob.mean(1)  # (B, N, N)
         if capture in (True, "logits"):
-            # The mean over heads of q_h k_h^T is one product over all channels: no tensor with a
-            # head dimension.
+            # The mean over heads of q_h k_h^T is one product over all channels.
             q_all, k_all = qkv[:, :, 0].flatten(2), qkv[:, :, 1].flatten(2)  # (B, N, D)
             logits = (q_all @ k_all.transpose(-2, -1)).float() * (scale / self.heads)
         if affinity is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            attended = prob.to(v.dtype) @ v  # at hand; on a GPU fused attention is cheaper
+            attended = prob.to(v.dtype) @ v  # no graph is needed; a GPU's fused one is faster
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).reshape(B, N, D)), affinity, logits
@@ -95,6 +94,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """A convolution, of the name that it has in DeiT's files."""
+
     def __init__(self, dim, patch):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch, stride=patch)
@@ -106,23 +107,23 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """DeiT with C class tokens and a 3x3 convolution on the patch tokens, as in MCTformer-V2.
 
-    Neither path passes a final LayerNorm. Build it with build().
+    As there, tokens pass no final LayerNorm. Build it with build().
     """
 
     def __init__(self, num_classes, dim, depth, heads, patch, image_size):
         super().__init__()
         self.num_classes, self.patch, self.dim = num_classes, patch, dim
-        self.grid = (image_size // patch, image_size // patch)  # of the stored position embedding
+        self.pos_grid = (image_size // patch, image_size // patch)  # of patch_pos_embed
         self.patch_embed = PatchEmbed(dim, patch)
         self.class_tokens = nn.Parameter(torch.zeros(1, num_classes, dim))
         self.class_pos_embed = nn.Parameter(torch.zeros(1, num_classes, dim))
-        self.patch_pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], dim))
+        self.patch_pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.pos_grid), dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Conv2d(dim, num_classes, 3, padding=1)
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Truncated normals of std 0.02, zero biases, and W_q = W_k in every block.
+        """Truncated normals of std 0.02 but for convolutions, and W_q = W_k of std dim**-0.5.
 
         With independent W_q and W_k attention starts unrelated to content, and a ViT trained from
         scratch on little data never makes an affinity of it ("mimetic" initialisation). Pretrained
@@ -153,7 +154,7 @@ class ViT(nn.Module):
 
     def position_embedding(self, grid):
         """The patch position embedding, resized to a (gh, gw) -> (1, gh * gw, D)."""
-        return resize_position_embedding(self.patch_pos_embed, self.grid, grid)
+        return resize_position_embedding(self.patch_pos_embed, self.pos_grid, grid)
 
     def tokens(self, images, capture=False):
         """The blocks: (B, 3, H, W) -> tokens (B, N, D), (gh, gw), and both tuples of maps."""
@@ -172,10 +173,11 @@ class ViT(nn.Module):
         affinities, logits = [], []
         for block in self.blocks:
             x, affinity, affinity_logits = block(x, capture)
-            affinities.append(affinity)
-            logits.append(affinity_logits)
-        affinities = tuple(a for a in affinities if a is not None)
-        return x, grid, affinities, tuple(a for a in logits if a is not None)
+            if affinity is not None:
+                affinities.append(affinity)
+            if affinity_logits is not None:
+                logits.append(affinity_logits)
+        return x, grid, tuple(affinities), tuple(logits)
 
     def forward(self, images, capture=False):
         """Classify, and localise.
@@ -206,6 +208,7 @@ def resize_position_embedding(embedding, old, new):
     """
     if tuple(old) == tuple(new):
         return embedding
+
     def matrix(n, m):  # (m, n)
         identity = torch.eye(n, device=embedding.device)[None, None]
         return F.interpolate(identity, size=(m, n), mode="bicubic")[0, 0]
@@ -277,7 +280,7 @@ def load_pretrained(model, source):
             value = value[:, :1]
         if key == "patch_pos_embed":
             side = round((value.shape[1] - 1) ** 0.5)
-            value = resize_position_embedding(value[:, 1:], (side, side), model.grid)
+            value = resize_position_embedding(value[:, 1:], (side, side), model.pos_grid)
         if key.startswith("class_"):
             value = value.expand(-1, model.num_classes, -1)
         if value.shape != own[key].shape:

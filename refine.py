@@ -355,7 +355,7 @@ def main(argv=None):
     # data and classifier
     dataset = data.open_split(args, args.split)
     classifier = args.out / "cls" / "last.pt"
-    model, _ = load_classifier(classifier, dataset, device, data.same_data(args))
+    model, _ = load_classifier(classifier, dataset, device, data.data_flags(args))
     parse_layers(args.layers, len(model.blocks))
     if args.profile:
         return profile(model, dataset, args, device)
@@ -368,7 +368,7 @@ def main(argv=None):
         return (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
 
     begin, todo = time.time(), [n for n in dataset.ids[data.rank()::data.world()] if not done(n)]
-    photographs = data.photographs(dataset, todo, args.workers, device)
+    photographs = data.load_images(dataset, todo, args.workers, device)
     for count, (name, pixels) in enumerate(photographs, 1):
         class_ids = dataset.labels(name)
         cam, mask = refine_image(model, pixels.to(device), class_ids, args)
@@ -404,7 +404,7 @@ def believed_classes(model, pixels, size, precision):
 def refine_photos(args, device):
     """CAM and pseudo-mask of any photographs; needs the classifier alone."""
     classifier = args.out / "cls" / "last.pt"
-    model, config = load_classifier(classifier, None, device, data.same_data(args))
+    model, config = load_classifier(classifier, None, device, data.data_flags(args))
     classes = config["classes"]
     given = [name.strip() for name in (args.labels or "").split(",") if name.strip()]
     if unknown := [name for name in given if name not in classes]:

@@ -2118,10 +2118,22 @@ def test_the_users_errors_are_one_line(stage, flags, message, tmp_path, capsys, 
     assert re.search(f"error: .*{message}", printed[0]), printed
 
 
-def test_faults_of_the_program_keep_their_traceback(capsys):
+@pytest.mark.parametrize("fault", [lambda: {}["a bug"], lambda: int("a bug")])
+def test_faults_of_the_program_keep_their_traceback(capsys, fault):
     with pytest.raises(SystemExit) as left:
-        data.run(lambda: {}["a bug"])
+        data.run(fault)
     assert left.value.code == 1 and "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_of_the_user_in_a_loaders_worker_is_one_line(tmp_path, capsys):
+    folder = Folder(tmp_path)
+    folder.image.write_bytes(b"no image")
+    settings = [*folder.common, *ONE_EPOCH, "64", "--workers", "1"]
+    with pytest.raises(SystemExit) as left:
+        data.run(lambda: train_cls.main(settings))
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and len(printed) == 1, printed
+    assert re.match("error: .*a.jpg cannot be read .*: replace the file", printed[0])
 
 
 def test_profile_needs_one_process(monkeypatch):

@@ -340,7 +340,7 @@ def restore(model, optimizer, args, dataset, folder):
         if args.overwrite and folder.resolve() in Path(args.branch_from).resolve().parents:
             raise ValueError(f"--overwrite would delete {args.branch_from}, from which to branch: "
                              f"use another --out")
-        checkpoint = data.read_checkpoint(args.branch_from, "cls", dataset, data.same_data(args))
+        checkpoint = data.read_checkpoint(args.branch_from, "cls", dataset, data.data_flags(args))
         if checkpoint["epoch"] >= args.epochs:
             raise ValueError(f"{args.branch_from} is already at epoch {checkpoint['epoch']}: give "
                              f"more than --epochs {args.epochs}")

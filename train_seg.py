@@ -334,7 +334,7 @@ def main(argv=None):
     # data
     dataset = data.open_split(args, args.split)
     target = data.open_split(args, args.predict_split, like=dataset)
-    check_masks(dataset, masks, f"{data.same_data(args)} --split {args.split} --out "
+    check_masks(dataset, masks, f"{data.data_flags(args)} --split {args.split} --out "
                                 f"{data.quoted(args.out)}")
     samples = SegmentationSet(dataset, masks, args.size)
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
@@ -345,7 +345,7 @@ def main(argv=None):
         path = args.pretrained
         if path in ("auto", "none"):
             path = args.out / "cls" / "last.pt"
-        classifier = data.read_checkpoint(path, "cls", dataset, data.same_data(args))
+        classifier = data.read_checkpoint(path, "cls", dataset, data.data_flags(args))
     net = build(args.arch, len(dataset.classes), classifier and classifier["config"])
     multiple = net.backbone.model.patch if classifier else 1
     if args.size % multiple:
@@ -395,7 +395,7 @@ def main(argv=None):
     begin = time.time()
     share = target.ids[data.rank()::data.world()]
     todo = [n for n in share if not (predictions / f"{n}.png").is_file()]
-    photographs = data.photographs(target, todo, args.workers, device)
+    photographs = data.load_images(target, todo, args.workers, device)
     for count, (name, pixels) in enumerate(photographs, 1):
         shrunk = data.shrink(pixels, largest_side(args, multiple)).to(device)
         mask = predict(net, shrunk, args.scales, multiple, args.precision).cpu()
@@ -411,7 +411,7 @@ def main(argv=None):
 def segment_photos(args, device):
     """Masks of any photographs; needs the trained model alone."""
     path = args.out / "seg" / "last.pt"
-    checkpoint = data.read_checkpoint(path, "seg", None, data.same_data(args))
+    checkpoint = data.read_checkpoint(path, "seg", None, data.data_flags(args))
     config, classes = checkpoint["config"], checkpoint["config"]["classes"]
     net = build(config["arch"], len(classes), config["classifier"])
     net.load_state_dict(checkpoint["model"])
