@@ -44,6 +44,7 @@ VOC_CLASSES = (
     "tvmonitor")
 TOY_CLASSES = ("bars", "columns", "diagonals", "checks", "dots", "rings")
 TOY_SIZES = {"train": 1200, "val": 150}
+CSV_HEADERS = {"name", "image", "file", "filename", "id"}  # as a first cell
 RESERVED = {"background", "ignore", "void", "unlabeled", "unlabelled"}  # listed by some tools
 
 
@@ -81,7 +82,7 @@ def read_json(path, remedy):
 
 def read_image(path):
     """A photograph as people see it: RGB, 8 bits, upright (EXIF); a decoded PIL image."""
-    with reading(path, "replace the file, or take it off the list"), Image.open(path) as image:
+    with reading(path, "replace it, or leave it out"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -232,8 +233,8 @@ class VOC(ImageSet):
             self.list = shipped
         if not self.list.is_file():
             raise FileNotFoundError(f"no split {split!r}: {self.list} does not exist; write image "
-                                    f"names there, one a line, or give another split (--split, "
-                                    f"--predict-split)")
+                                    "names there, one a line, or give another split (--split; of "
+                                    "train_seg.py --predict-split)")
         lines = [line.strip() for line in read_text(self.list).splitlines()]
         self.ids = [self.plain_name(line, self.list) for line in lines if line]
         self.table = self.read_table() if (self.root / "labels.csv").is_file() else None
@@ -264,12 +265,19 @@ class VOC(ImageSet):
     def read_table(self):
         """labels.csv -> {image: class names}; a line is an image's name and its classes."""
         path, table = self.root / "labels.csv", {}
-        rows = [[cell.strip() for cell in row if cell.strip()]
-                for row in csv.reader(io.StringIO(read_text(path)))]
-        if rows and rows[0] and rows[0][0].lower() in ("name", "image", "file", "filename", "id"):
-            rows.pop(0)  # a header
-        for cells in filter(None, rows):
-            table.setdefault(self.plain_name(cells[0], path), []).extend(cells[1:])
+        for number, row in enumerate(csv.reader(io.StringIO(read_text(path))), 1):
+            cells = [cell.strip() for cell in row if cell.strip()]
+            header = number == 1 and cells and cells[0].lower() in CSV_HEADERS
+            if not cells or header:
+                continue
+            if len(cells) == 1:
+                raise ValueError(f"line {number} of {path} is {cells[0]!r}: write an image's name "
+                                 "and its classes, with commas between them")
+            name = self.plain_name(cells[0], path)
+            if name not in self.files:
+                raise ValueError(f"line {number} of {path} names the image {name!r}, which is not "
+                                 f"in {self.root / 'JPEGImages'}")
+            table.setdefault(name, []).extend(cells[1:])
         return table
 
     def read_labels(self, name):
@@ -287,8 +295,8 @@ class VOC(ImageSet):
             raise ValueError(f"{path} names the class {unknown[0]!r} in {name}, which "
                              f"{self.source} does not have")
         if not names:
-            raise ValueError(f"{path} names no object in {name}: an image without labels teaches "
-                             f"nothing, drop it from {self.list}")
+            raise ValueError(f"{path} names no object in {name}: give its classes, or take it "
+                             f"off {self.list}")
         return sorted({self.classes.index(n) for n in names})
 
     def mask_path(self, name):
@@ -583,9 +591,12 @@ def open_data(name, root, split, limit=None, cache=None, classes=None):
     the file classes. limit: only the first so many images. cache: folder for COCO's rasterised
     masks. Raises ValueError and FileNotFoundError on whatever does not fit together.
     """
-    if name not in DATASETS and not (Path(name).is_dir() and classes):
-        raise ValueError(f"unknown data set {name!r}: use {', '.join(DATASETS)}, or a folder in "
-                         "VOC layout, with --classes naming a file that lists its class names")
+    if name not in DATASETS and not Path(name).is_dir():
+        raise ValueError(f"no data set or folder {name!r}: use {', '.join(DATASETS)}, or a folder "
+                         "in VOC layout, with --classes")
+    if name not in DATASETS and not classes:
+        raise ValueError(f"--data {name} needs --classes: a file that lists its class names, one "
+                         "a line")
     if name in DATASETS and classes:
         raise ValueError(f"--classes {classes}: {name} has classes of its own; --classes goes "
                          f"with --data FOLDER")
@@ -680,13 +691,14 @@ def download(name, root):
     if free < needed:
         raise OSError(f"{fetched} has {free / 1e9:.1f} GB free, {name} takes {needed / 1e9:.1f} "
                       "more: make room, or give another --data-root")
-    for address, md5, folder, _ in archives:
-        try:
+    try:
+        for address, md5, folder, _ in archives:
             extracted = fetched / "extracted" / folder
             download_and_extract_archive(address, fetched, extracted, md5=md5)
-        except (RuntimeError, OSError, EOFError) as error:  # a wrong checksum is a RuntimeError
-            raise OSError(f"{address} could not be fetched ({error}): try again, or extract it "
-                          f"under {root} yourself (see README)") from error
+    except (RuntimeError, OSError, EOFError) as error:  # a wrong checksum is a RuntimeError
+        every = " and ".join(address for address, *_ in archives)
+        raise OSError(f"{address} could not be fetched ({error}): try again, or fetch {every} "
+                      f"elsewhere, put them into {fetched} and give the same command") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(fetched / "extracted" / place, target)
     shutil.rmtree(fetched)
@@ -777,8 +789,8 @@ def train_loader(samples, batch, seed, workers, device):
     it from drawing on the global one, on which drop-path and dropout depend.
     """
     if batch < 1 or batch > len(samples):
-        raise ValueError(f"--batch {batch} with {len(samples)} images: it must be between 1 and "
-                         f"the number of images")
+        raise ValueError(f"--batch {batch} with {len(samples)} images: give a --batch of 1 to "
+                         f"{len(samples)}")
     if batch % world():
         raise ValueError(f"--batch {batch} is shared by {world()} processes: it must be a "
                          f"multiple of {world()}")
@@ -804,17 +816,33 @@ def photo_files(paths):
     """The image files among paths and in the folders among them; an error if there are none."""
     known, files = Image.registered_extensions(), []
     for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"no photograph or folder {path}: give files or folders that "
-                                    f"are there")
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        files += [f for f in inside if f.suffix.lower() in known] if path.is_dir() else [path]
+        if path.is_dir():
+            files += [file for file in sorted(path.iterdir()) if file.suffix.lower() in known]
+        elif path.exists():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no photograph or folder {path}")
     if not files:
-        raise ValueError(f"no image that Pillow reads in {', '.join(map(str, paths))}")
+        raise ValueError(f"no image that Pillow reads in {', '.join(map(str, paths))} (folders "
+                         "inside are not searched)")
     if twice := [stem for stem, count in Counter(f.stem for f in files).items() if count > 1]:
         raise ValueError(f"two photographs are called {twice[0]!r}: their masks would overwrite "
                          f"each other, rename one")
     return files
+
+
+def read_photos(paths):
+    """Yields (path, pixels (3, H, W) uint8) of photo_files; an error about others at the end."""
+    errors = []
+    for path in photo_files(paths):
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        yield path, TF.pil_to_tensor(image)
+    if errors:
+        raise ValueError(f"{len(errors)} left out: {errors[0]}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -853,10 +881,14 @@ def write_mask(path, mask):
     write_picture(path, image)
 
 
-def write_overlay(path, pixels, colours, legend):
-    """A photograph (3, H, W) uint8 under colours (H, W, 3) uint8, class names below: a JPEG."""
-    photo = pixels.permute(1, 2, 0).numpy()
-    mixed = Image.fromarray((0.5 * photo + 0.5 * colours).astype(np.uint8))
+def write_overlay(path, pixels, colours, opacity, legend):
+    """Colours laid over a photograph, and the names of the colours below it, as JPEG.
+
+    pixels (3, H, W) uint8; colours (H, W, 3) uint8; opacity (H, W) in [0, 1]; legend: name ->
+    colour.
+    """
+    photo, opacity = pixels.permute(1, 2, 0).numpy(), opacity[..., None]
+    mixed = Image.fromarray(((1 - opacity) * photo + opacity * colours).astype(np.uint8))
     text_width = 24 + 7 * max(map(len, legend), default=0)
     size = max(mixed.width, text_width), mixed.height + 16 * len(legend)
     sheet = Image.new("RGB", size, "white")
@@ -932,6 +964,18 @@ def read_log(folder):
     """The records of a stage's log."""
     path = Path(folder) / "log.jsonl"
     return [json.loads(line) for line in read_text(path).splitlines()] if path.is_file() else []
+
+
+def go_on(folder, epoch):
+    """Say where a resumed training goes on, and take what comes after it out of its log."""
+    path = Path(folder) / "log.jsonl"
+    if rank() or not path.is_file():
+        return
+    kept = [record for record in read_log(folder) if record.get("epoch", math.inf) <= epoch]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    where = f"going on after epoch {epoch}" if epoch else "no checkpoint yet, starting again"
+    print(f"{folder}: {where}", flush=True)
 
 
 def seed_epoch(seed, epoch):
@@ -1105,6 +1149,9 @@ def run(main):
     """
     try:
         return main()
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume", file=sys.stderr)
+        code = 130
     except BrokenPipeError:  # of a reader such as head, who has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -1141,7 +1188,8 @@ class Parser(argparse.ArgumentParser):
 def argument_parser(description):
     """A parser with the flags that mean the same in every script."""
     wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=110)
-    parser = Parser(description=description, formatter_class=wide)
+    parser = Parser(description=description, formatter_class=wide, allow_abbrev=False,
+                    usage="python %(prog)s --data DATA [flags]")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="VOC2012",
         help=f"{', '.join(DATASETS)}, or a folder in VOC layout, with --classes")
@@ -1154,10 +1202,12 @@ def argument_parser(description):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default cuda if there is one")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of matrix products; auto: bfloat16 where the device has it natively (toy: float32)")
+        help="of matrix products; auto (default): bfloat16 where the device has it natively, for "
+             "--data toy float32")
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
-        help="processes that load images")
-    add("--seed", type=int, default=0)
+        help="processes that load images (default: half the cores, at most 8)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of weights, order, crops and drop-path (default 0)")
     add("--deterministic", action="store_true",
         help="on CUDA: the same bits again (a CPU always gives them)")
     return parser

@@ -1,14 +1,15 @@
 """Stage 4: mIoU of seeds, pseudo-masks and predictions; what each layer's affinity does; pictures.
 
-Reads  ground truth (nothing else does) and what --what names:
+Reads  ground truth (train_seg.py looks too, to refuse it) and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
-       layers              <out>/cls/last.pt: the seed refined by each layer, and how smooth it is
+       layers              <out>/cls/last.pt: the seed refined by each layer, and its smoothness
        pictures            the first images of the split, from photo to prediction
        demo                table and pictures of two finished runs, --before (plain) and --out
        study               the records of many runs, as tables (--records)
        submission          <out>/pred/<split> packed for the VOC server
 Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png, demo.png,
-       worst.png, comp6_<split>_cls.tgz}; COCO's masks, once rasterised, to <out>/masks.
+       worst_pseudo.png, worst_pred.png, comp6_<split>_cls.tgz}; COCO's masks, once rasterised,
+       to <out>/masks.
 Run    python evaluate.py --data VOC2012 --what pred
 Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
 """
@@ -88,7 +89,7 @@ def curve(counts):
 
     At threshold t a pixel takes its winning class if that scores above t, else background.
     """
-    # (T, M, M): how many exceed threshold j
+    # pixels whose score exceeds threshold t, sums from the right: (T, M, M)
     above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)
     confusion = above.clone()
     confusion[:, :, 0] += counts.sum((1, 2)) - above.sum(2)
@@ -192,7 +193,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
         target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name))
         labels = dataset.label_vector(name)[None].to(device)
-        shrunk = data.shrink(pixels, args.max_side or 50 * model.patch).to(device)
+        shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
 
         def observe(output):
             measured.append(measure_layers(output, labels))
@@ -246,24 +247,27 @@ def fit(picture, side):
 
 
 def contact_sheet(path, titles, rows, cell=150):
-    """Rows of (H, W, 3) uint8 pictures under column titles -> one PNG."""
-    rows = [[fit(picture, cell - 4) for picture in row] for row in rows]
-    heights = [4 + max(picture.height for picture in row) for row in rows]
+    """One PNG of columns with titles; rows: caption -> (H, W, 3) uint8 pictures."""
+    rows = {caption: [fit(picture, cell - 4) for picture in row] for caption, row in rows.items()}
+    heights = [16 + max(picture.height for picture in row) for row in rows.values()]
     sheet = Image.new("RGB", (cell * len(titles), 18 + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
         draw.text((x * cell + 4, 3), title, fill="black")
     top = 18
-    for row, height in zip(rows, heights):
+    for (caption, row), height in zip(rows.items(), heights):
         for x, picture in enumerate(row):
-            left = x * cell + (cell - picture.width) // 2
-            sheet.paste(picture, (left, top + (height - picture.height) // 2))
+            sheet.paste(picture, (x * cell + (cell - picture.width) // 2, top))
+        draw.text((4, top + height - 15), caption, fill="grey")
         top += height
     data.write_picture(path, sheet)
 
 
 def draw_pipeline(path, dataset, names, args, device):
-    """A row an image: photo, raw and refined CAM, pseudo-mask, prediction, ground truth."""
+    """A row an image: photo, raw and refined CAM, pseudo-mask, prediction, ground truth.
+
+    The pseudo-mask is that of <out>/pseudo, or where there is none what refine.py's defaults make.
+    """
     runs = {"": args.out} if args.before is None else {"plain": args.before, "AReAM": args.out}
     models = {}
     for run, out in runs.items():
@@ -271,37 +275,45 @@ def draw_pipeline(path, dataset, names, args, device):
         models[run], _ = refine.load_classifier(classifier, dataset, device, data.data_flags(args))
     predicted = args.out / "pred" / args.split
     has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
-    rows = []
+
+    rows = {}
     for name in names:
         pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
-        photo, row = pixels.permute(1, 2, 0).numpy(), {}
-        shrunk = data.shrink(pixels, args.max_side or 50 * models[run].patch).to(device)
-        row["photo"] = photo
+        photo = pixels.permute(1, 2, 0).numpy()
+        row = {"photo": photo}
         for run, model in models.items():
+            shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
             variants = {"raw": (), "refined": tuple(range(len(model.blocks)))}
             cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta,
                                     args.steps, precision=args.precision)
-            row.setdefault("raw CAM", heat(photo, cams["raw"].amax(0)))
+            row.setdefault("raw CAM", heat(photo, cams["raw"].amax(0)))  # of the first run
             row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
-        row["pseudo-mask"] = paint(refine.pseudo_mask(shrunk, class_ids, cams["refined"]).cpu())
+        pseudo = args.out / "pseudo" / f"{name}.png"
+        if pseudo.is_file():
+            row["pseudo-mask"] = paint(data.read_mask(pseudo))
+        else:  # from the CAM of the last run
+            mask = refine.pseudo_mask(shrunk, class_ids, cams["refined"])
+            row["pseudo-mask"] = paint(mask.cpu())
         if has_prediction:
             row["DeepLab"] = paint(data.read_mask(predicted / f"{name}.png"))
         row["ground truth"] = paint(dataset.mask(name))
-        rows.append(row)
-    contact_sheet(path, list(rows[0]), [list(row.values()) for row in rows], 132)
+        rows[name] = row
+    titles = list(row)
+    contact_sheet(path, titles, {name: list(row.values()) for name, row in rows.items()}, 132)
     print(f"{path} shows the first {len(rows)} images of {args.split}")
 
 
-def draw_worst(dataset, folder, each, count, path):
-    """The count images of the lowest mIoU (name -> mIoU): photo, mask, ground truth."""
-    worst = sorted((score, name) for name, score in each.items() if score == score)[:count]
-    rows = []
-    for _, name in worst:
+def draw_worst(dataset, folder, each, args):
+    """The --worst images of the lowest mIoU (each: name -> mIoU): photo, mask, ground truth."""
+    path = args.out / f"worst_{args.what}.png"
+    worst = sorted((score, name) for name, score in each.items() if score == score)[:args.worst]
+    rows = {}
+    for score, name in worst:
         mask = data.read_mask(folder / f"{name}.png")
-        rows.append([np.asarray(dataset.image(name)), paint(mask), paint(dataset.mask(name))])
+        pictures = [np.asarray(dataset.image(name)), paint(mask), paint(dataset.mask(name))]
+        rows[f"{name}: mIoU {100 * score:.0f}"] = pictures
     contact_sheet(path, ["photo", "mask", "ground truth"], rows)
-    print(f"{path}: the worst are "
-          f"{', '.join(f'{name} ({100 * score:.0f})' for score, name in worst)}")
+    print(f"{path}: the worst are {', '.join(rows)}")
 
 
 def draw_chart(draw, corner, size, title, series, level=None):
@@ -356,7 +368,7 @@ def draw_layers(path, model, dataset, records, args, device):
     pixels = TF.pil_to_tensor(dataset.image(name))
     photo = pixels.permute(1, 2, 0).numpy()
     variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
-    shrunk = data.shrink(pixels, args.max_side or 50 * model.patch).to(device)
+    shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
     cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants, observe=seen.append,
                             precision=args.precision)
     P = seen[0].cam[0, 0].numel()
@@ -540,7 +552,7 @@ def score_pseudo_masks(dataset, args, device):
           f"{100 * every['miou']:.1f} over all ({100 * undecided:.1f} % undecided)")
     print_classes(dataset, labelled)
     if args.worst:
-        draw_worst(dataset, folder, each, args.worst, args.out / "worst.png")
+        draw_worst(dataset, folder, each, args)
     return {"labelled": 100 * labelled["miou"], "all": 100 * every["miou"],
             "undecided": 100 * undecided}
 
@@ -548,13 +560,13 @@ def score_pseudo_masks(dataset, args, device):
 def score_predictions(dataset, args, device):
     folder = args.out / "pred" / args.split
     need_outputs(args, dataset, folder, ".png", args.out / "seg" / "args.json",
-               f"train_seg.py --resume --predict-split {args.split} <its other settings>")
+               f"train_seg.py --predict-only --predict-split {args.split}")
     confusion, _, each = evaluate_masks(dataset, folder)
     result = scores(confusion)
     print(f"{heading(args, dataset)}: mIoU {100 * result['miou']:.1f}")
     print_classes(dataset, result)
     if args.worst:
-        draw_worst(dataset, folder, each, args.worst, args.out / "worst.png")
+        draw_worst(dataset, folder, each, args)
     return {"miou": 100 * result["miou"]}
 
 
@@ -589,7 +601,10 @@ def pack_submission(dataset, args, device):
     """A split's predictions as VOC's server wants them: ids, sizes and values checked."""
     folder, C = args.out / "pred" / args.split, len(dataset.classes)
     need_outputs(args, dataset, folder, ".png", args.out / "seg" / "args.json",
-               f"train_seg.py --resume --predict-split {args.split} <its other settings>")
+               f"train_seg.py --predict-only --predict-split {args.split}")
+    if args.data != "VOC2012" or args.limit:
+        raise ValueError("--what submission packs a whole split of VOC2012: no other data, no "
+                         "--limit")
     for name in dataset.ids:
         mask = data.read_mask(folder / f"{name}.png", C, dataset.image(name).size[::-1])
         if (mask == data.IGNORE).any():
@@ -646,7 +661,7 @@ def parse_args(argv=None):
     add("--images", type=int, default=8, metavar="N",
         help="how many images pictures and demo show (default 8)")
     add("--deep-from", type=int, metavar="L",
-        help="for layers: first deep layer (default: the checkpoint's)")
+        help="for layers: first deep layer, 0-based (default: the checkpoint's)")
     refine.refining_arguments(parser)
     args = parser.parse_args(argv)
     args.split = args.split or OTHER_SPLITS.get(args.what, "train")

@@ -22,7 +22,10 @@ import model as vit
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
-KERNEL_SUM = 1.01  # 1 from the colours, 0.01 from the distances
+DISTANCE_WEIGHT = 0.01  # of the distances, beside the colours' 1
+KERNEL_SUM = 1 + DISTANCE_WEIGHT
+SIGMA = 0.3  # width of both softmaxes, in standard deviations
+MOST_PATCHES = 50  # of a side: the memory of a CAM grows with its fourth power
 NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 
 
@@ -50,8 +53,7 @@ def par_kernel(images, dilations=DILATIONS):
     padded = F.pad(images, [max(dilations)] * 4, mode="replicate")
 
     # The std over the neighbours is that of the steps I_n - I, as all are shifted by I. One
-    # neighbour at a time:
-    # all 48 at once do not fit in a CPU's cache.
+    # neighbour at a time, as all 48 do not fit in a CPU's cache.
     total, squares = torch.zeros_like(images), torch.zeros_like(images)
     step = torch.empty_like(images)
     for near in neighbours(padded, dilations, size):
@@ -61,7 +63,7 @@ def par_kernel(images, dilations=DILATIONS):
     std = ((squares - total.square() / n).clamp_min(0) / (n - 1)).sqrt()
 
     # softmax over n of -colour, colour[n] = mean over RGB of ((I_n - I) / (0.3 std))^2
-    weight = 1 / (0.3 * (std + 1e-8) * 3**0.5)  # (B, 3, H, W), the mean over RGB included
+    weight = 1 / (SIGMA * (std + 1e-8) * 3**0.5)  # (B, 3, H, W), the mean over RGB included
     centre, colour = images * weight, images.new_empty(len(images), n, *size)
     for i, near in enumerate(neighbours(padded, dilations, size)):
         torch.sum(torch.mul(near, weight, out=step).sub_(centre).square_(), 1, out=colour[:, i])
@@ -70,9 +72,9 @@ def par_kernel(images, dilations=DILATIONS):
 
     steps = [(dy * d, dx * d) for d in dilations for dy, dx in NEIGHBOURS]
     distance = torch.tensor([math.hypot(dy, dx) for dy, dx in steps])
-    distance = -(distance / (distance.std() + 1e-8) / 0.3).square()  # (n,)
+    distance = -(distance / (distance.std() + 1e-8) / SIGMA).square()  # (n,)
     distance = distance.softmax(0).to(images.device, non_blocking=True).view(1, -1, 1, 1)
-    return colour.add_((KERNEL_SUM - 1) * distance)
+    return colour.add_(DISTANCE_WEIGHT * distance)
 
 
 def par_iteration(score, kernel, dilations=DILATIONS):
@@ -94,7 +96,7 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
     """Smooth scores along image content: iterations of the kernel-weighted sum over neighbours.
 
     images (B, 3, H, W), any linear range; score (B, K, H, W) of the same H and W. Returns (B, K,
-    H, W) float32; the total grows by 1.01 an iteration.
+    H, W) float32; each iteration multiplies the total by 1.01.
     """
     if images.shape[-2:] != score.shape[-2:]:
         raise ValueError(f"images are {tuple(images.shape[-2:])} and scores "
@@ -182,7 +184,7 @@ def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iteration
     score = pixel_adaptive_refine(small, score, iterations=iterations)
     score = data.bilinear(score, (H, W))
 
-    # argmax, the background's score being what the classes leave of the total
+    # argmax; PAR is linear, so the background's score is what the classes leave of the total
     total = KERNEL_SUM**iterations
     values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)
 
@@ -264,6 +266,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
             elif layers == "entropy":
                 entropy = aream.layer_entropy(plain, blocks, present)
                 w_layers, _ = aream.reactivation_weights(entropy)
+                # not divided by the number of layers, as min-max removes it
                 weighted = sum(w[:, None, None] * block for w, block in zip(w_layers.T, blocks))
                 cam = random_walk(attended, weighted, beta, steps)
             else:
@@ -272,7 +275,13 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
             cam = data.bilinear(cam, padded.shape[-2:])[..., :h, :w]
             cam = cam[:1] + cam[1:].flip(-1)
             total[name] = total[name] + data.bilinear(cam, quarter)
-    return {name: aream.normalise_cam(cam, present[:1])[0] for name, cam in total.items()}
+    every = torch.ones(1, len(class_ids), device=pixels.device)
+    return {name: aream.normalise_cam(cam, every)[0] for name, cam in total.items()}
+
+
+def shrink_for(model, pixels, max_side=None):
+    """pixels (3, H, W) uint8, made smaller where its CAM would take too much memory."""
+    return data.shrink(pixels, max_side or MOST_PATCHES * model.patch)
 
 
 def load_classifier(path, dataset, device, options=""):
@@ -291,10 +300,10 @@ def load_classifier(path, dataset, device, options=""):
 def refining_arguments(parser):
     add = parser.add_argument_group("CAM and random walk").add_argument
     add("--scales", type=float, nargs="+", default=[1.0],
-        help="of the image, each with its mirror image (default 1)")
+        help="of the image, each with its mirror image (default 1, the release's)")
     add("--beta", type=float, default=1.0, help="random walk: power of the affinity (default 1)")
     add("--steps", type=int, default=1,
-        help="random walk: number of steps (default 1, the plain propagation)")
+        help="random walk: number of steps (default 1, the paper's plain propagation)")
     add("--max-side", type=int, metavar="PX",
         help="shrink larger photographs (default: 50 patches, 800 px for DeiT)")
 
@@ -310,7 +319,8 @@ def parse_args(argv=None):
     data.resuming_arguments(parser)
     parser.add_argument("--split", help="default trainaug of VOC2012, else train")
     parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
-                        help="refine these photographs (files, folders) instead")
+                        help="refine these photographs (files, folders) instead; replaces earlier "
+                             "CAMs of the same names")
     parser.add_argument("--labels", metavar="A,B",
                         help="for --photos: the classes they show (default: what the classifier "
                              "believes)")
@@ -336,7 +346,7 @@ def parse_args(argv=None):
 
 def refine_image(model, pixels, class_ids, args):
     """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W)."""
-    shrunk = data.shrink(pixels, args.max_side or 50 * model.patch)
+    shrunk = shrink_for(model, pixels, args.max_side)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     with record_function("CAM"):
         cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps,
@@ -356,7 +366,7 @@ def main(argv=None):
     dataset = data.open_split(args, args.split)
     classifier = args.out / "cls" / "last.pt"
     model, _ = load_classifier(classifier, dataset, device, data.data_flags(args))
-    parse_layers(args.layers, len(model.blocks))
+    parse_layers(args.layers, len(model.blocks))  # fails before the first image
     if args.profile:
         return profile(model, dataset, args, device)
     cams, masks = args.out / "cam", args.out / "pseudo"
@@ -367,9 +377,10 @@ def main(argv=None):
     def done(name):
         return (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
 
-    begin, todo = time.time(), [n for n in dataset.ids[data.rank()::data.world()] if not done(n)]
-    photographs = data.load_images(dataset, todo, args.workers, device)
-    for count, (name, pixels) in enumerate(photographs, 1):
+    begin = time.time()
+    todo = [name for name in dataset.ids[data.rank()::data.world()] if not done(name)]
+    images = data.load_images(dataset, todo, args.workers, device)
+    for count, (name, pixels) in enumerate(images, 1):
         class_ids = dataset.labels(name)
         cam, mask = refine_image(model, pixels.to(device), class_ids, args)
         data.write_cam(cams / f"{name}.npz", class_ids, cam.cpu(), pixels.shape[-2:])
@@ -404,31 +415,33 @@ def believed_classes(model, pixels, size, precision):
 def refine_photos(args, device):
     """CAM and pseudo-mask of any photographs; needs the classifier alone."""
     classifier = args.out / "cls" / "last.pt"
-    model, config = load_classifier(classifier, None, device, data.data_flags(args))
+    if not classifier.is_file():
+        raise FileNotFoundError(f"no checkpoint {classifier}: give the --out of a run that "
+                                f"train_cls.py has trained")
+    model, config = load_classifier(classifier, None, device)
     classes = config["classes"]
     given = [name.strip() for name in (args.labels or "").split(",") if name.strip()]
     if unknown := [name for name in given if name not in classes]:
         raise ValueError(f"--labels: the classifier does not know {unknown[0]!r}; it knows "
                          f"{', '.join(classes)}")
 
-    for path in data.photo_files(args.photos):
-        pixels = TF.pil_to_tensor(data.read_image(path))
+    for path, pixels in data.read_photos(args.photos):
         if given:
             class_ids, said = [classes.index(name) for name in given], ", ".join(given)
         else:
             believed = believed_classes(model, pixels.to(device), config["size"], args.precision)
             class_ids = [c for c, _ in believed]
-            said = ", ".join(f"{classes[c]} {prob:.2f}" for c, prob in believed)
+            said = ", ".join(f"{classes[c]} (probability {p:.2f})" for c, p in believed)
         cam, mask = refine_image(model, pixels.to(device), class_ids, args)
 
         target = args.out / "photos" / f"{path.stem}.cam.png"
         data.write_mask(target, mask.cpu().numpy())
-        full = data.bilinear(cam[None].cpu(), pixels.shape[-2:])[0]
-        score, winner = full.max(0)
+        score, winner = data.bilinear(cam[None].cpu(), pixels.shape[-2:])[0].max(0)
         values = data.mask_value(torch.tensor(class_ids))
-        colours = data.voc_colours()[values[winner].numpy()] * score[..., None].numpy()
-        legend = {classes[c]: data.voc_colours()[v] for c, v in zip(class_ids, values.tolist())}
-        data.write_overlay(target.with_suffix(".jpg"), pixels, colours, legend)
+        colours, legend = data.voc_colours()[values[winner].numpy()], {}
+        for class_id, value in zip(class_ids, values.tolist()):
+            legend[classes[class_id]] = data.voc_colours()[value]
+        data.write_overlay(target.with_suffix(".jpg"), pixels, colours, score.numpy(), legend)
         print(f"{path.name}: {said}  ->  {target}, {target.with_suffix('.jpg').name}", flush=True)
 
 

@@ -1038,8 +1038,9 @@ def test_the_worst_images(own, capsys):
         return evaluate.scores(confusion)["miou"]
 
     worst = min((f"toy_train_{i:04d}" for i in range(16)), key=miou)
-    assert f"the worst are {worst} ({100 * miou(worst):.0f}), " in capsys.readouterr().out
-    assert Image.open(own.out / "worst.png").width == 3 * 150
+    shown = f"the worst are {worst}: mIoU {100 * miou(worst):.0f}, "
+    assert shown in capsys.readouterr().out
+    assert Image.open(own.out / "worst_pseudo.png").width == 3 * 150
     with refused("--worst 3 --what cam"):
         own.evaluate("cam", "--worst 3")
 
@@ -1252,7 +1253,14 @@ def test_cams_of_photographs(own, photos, capsys):
     with Image.open(own.out / "photos" / "large.cam.png") as mask:
         assert mask.size == (1300, 900) and values(np.array(mask)) <= {0, 5, 6, 255}
     call(refine, own.out, "--photos", photos / "b.jpeg")  # of what the classifier believes
-    assert re.search(r"b.jpeg: \w+ [01]\.\d\d", capsys.readouterr().out)
+    assert re.search(r"b.jpeg: \w+ \(probability [01]\.\d\d\)", capsys.readouterr().out)
+
+
+def test_an_unreadable_photograph_stops_no_other(own, photos):
+    (photos / "a b.png").write_bytes(b"no image")
+    with refused("1 left out: .*a b.png cannot be read"):
+        call(train_seg, own.out, "--max-side 160 --photos", photos)
+    assert len(list((own.out / "photos").glob("*.overlay.jpg"))) == len(PHOTOS) - 1
 
 
 def test_photographs_that_are_refused(own, photos):
@@ -1283,10 +1291,23 @@ def test_predicting_a_split_without_labels(unlabelled_split, tmp_path):
     assert sorted(path.name for path in predicted) == ["c.png", "d.png"]
 
 
+def test_another_split_with_the_trained_model_alone(own):
+    shutil.rmtree(own.out / "pseudo")
+    only = "--limit 4 --predict-only --predict-split train"
+    call(train_seg, own.out, only)
+    predicted = own.out / "pred" / "train"
+    assert len(list(predicted.glob("*.png"))) == 4
+    with refused("train is in use: go on with --resume"):
+        call(train_seg, own.out, only)
+    (predicted / "toy_train_0002.png").unlink()
+    call(train_seg, own.out, f"{only} --resume")
+    assert len(list(predicted.glob("*.png"))) == 4
+
+
 def test_submission_to_the_voc_server(unlabelled_split, tmp_path):
     pack = [*unlabelled_split, "--what", "submission"]
     predicted = tmp_path / "run" / "pred" / "test"
-    with refused("2 of 2 files are missing .*--predict-split test"):
+    with refused("2 of 2 files are missing .*--predict-only --predict-split test"):
         evaluate.main(pack)
     for name in "cd":
         data.write_mask(predicted / f"{name}.png", np.full((40, 48), 8))
@@ -1294,6 +1315,8 @@ def test_submission_to_the_voc_server(unlabelled_split, tmp_path):
     with tarfile.open(tmp_path / "run" / "comp6_test_cls.tgz") as tar:
         inside = "results/VOC2012/Segmentation/comp6_test_cls"
         assert tar.getnames() == [f"{inside}/c.png", f"{inside}/d.png"]
+    with refused("packs a whole split of VOC2012"):
+        evaluate.main([*pack, "--limit", "1"])
     for mask, message in ((np.full((40, 48), 255), "holds 255"),
                           (np.zeros((9, 9)), "is 9 x 9 pixels"),
                           (np.full((40, 48), 21), "the value 21")):
@@ -1453,35 +1476,35 @@ UNICORN = "<a><object><name>unicorn</name></object></a>"
 
 
 # What is done with the spoiled folder
-def OPEN(f):
+def opened(f):
     return f.open()
 
 
-def IDS(f):
+def ids(f):
     return f.open().ids
 
 
-def SIZE(f):
+def size_of(f):
     return f.open().image("a").size
 
 
-def LABELS(f):
+def labels_of(f):
     return f.open().labels("a")
 
 
-def MASK(f):
+def mask_of(f):
     return sorted(values(f.open().mask("a")))
 
 
-def SCORE(f):
+def scored(f):
     return f.evaluate()
 
 
-def COCO(f):
+def coco(f):
     return f.open_coco()
 
 
-def PIXELS(f):
+def pixels_of(f):
     """How many pixels of COCO's first image have class 1 (the crowd), class 2 (the polygon)."""
     mask = f.open_coco().rasterise("COCO_train2014_000000000000")
     return (mask == 1).sum(), (mask == 2).sum()
@@ -1531,125 +1554,133 @@ def compare_coco_splits(f):
 
 EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the error
     # photographs
-    ("EXIF 6 turns", lambda f: f.exif(6), SIZE, (40, 48)),
+    ("EXIF 6 turns", lambda f: f.exif(6), size_of, (40, 48)),
     ("EXIF 3 mirrors", lambda f: f.exif(3), mirrored, True),
     ("EXIF that no longer fits the mask", lambda f: f.exif(6),
      lambda f: evaluate.target_of(f.open(), "a", (48, 40), f.image),
      "a.png: the ground truth is 40 x 48 pixels, .*a.jpg 48 x 40 .*EXIF"),
     ("16-bit grey", lambda f: f.replace(".png", GREY16), grey_level, [88]),
-    ("float image", lambda f: f.replace(".tif", FLOAT), SIZE, "a.tif cannot be read .*mode 'F'"),
-    ("capital extension", lambda f: f.rename("a.JPG"), SIZE, (48, 40)),
-    ("jpeg extension", lambda f: f.rename("a.jpeg"), SIZE, (48, 40)),
+    ("float image", lambda f: f.replace(".tif", FLOAT), size_of,
+     "a.tif cannot be read .*mode 'F'"),
+    ("capital extension", lambda f: f.rename("a.JPG"), size_of, (48, 40)),
+    ("jpeg extension", lambda f: f.rename("a.jpeg"), size_of, (48, 40)),
     ("png, and a dot in the name", lambda f: (f.rename("a.1.png"), f.list.write_text("a.1\n")),
      lambda f: f.open().image("a.1").size, (48, 40)),
     ("two files of one name", lambda f: Image.open(f.image).save(f.image.with_suffix(".png")),
-     OPEN, "holds a.jpg and a.png, two images of one name"),
-    ("half a file", lambda f: f.image.write_bytes(f.image.read_bytes()[:400]), SIZE,
-     "a.jpg cannot be read .*: replace the file"),
+     opened, "holds a.jpg and a.png, two images of one name"),
+    ("half a file", lambda f: f.image.write_bytes(f.image.read_bytes()[:400]), size_of,
+     "a.jpg cannot be read .*: replace it, or leave it out"),
     # masks
-    ("palette in order", lambda f: f.palette(COLOUR[:2]), MASK, [0, 1]),
-    ("palette re-indexed", lambda f: f.palette([COLOUR[0], COLOUR[3]]), MASK, [0, 3]),
-    ("ignored re-indexed", lambda f: f.palette([COLOUR[255], COLOUR[0]], (1, 0)), MASK, [0, 255]),
-    ("grey levels re-indexed", lambda f: f.palette([BLACK, (3, 3, 3)]), MASK, [0, 3]),
-    ("another palette is for display", lambda f: f.palette([(9, 9, 9), RED]), MASK, [0, 1]),
-    ("black and white is for display", lambda f: f.palette([BLACK, WHITE]), MASK, [0, 1]),
-    ("colours that contradict", lambda f: f.palette([(9, 9, 9), COLOUR[3]]), MASK,
+    ("palette in order", lambda f: f.palette(COLOUR[:2]), mask_of, [0, 1]),
+    ("palette re-indexed", lambda f: f.palette([COLOUR[0], COLOUR[3]]), mask_of, [0, 3]),
+    ("ignored re-indexed", lambda f: f.palette([COLOUR[255], COLOUR[0]], (1, 0)), mask_of,
+     [0, 255]),
+    ("grey levels re-indexed", lambda f: f.palette([BLACK, (3, 3, 3)]), mask_of, [0, 3]),
+    ("another palette is for display", lambda f: f.palette([(9, 9, 9), RED]), mask_of, [0, 1]),
+    ("black and white is for display", lambda f: f.palette([BLACK, WHITE]), mask_of, [0, 1]),
+    ("colours that contradict", lambda f: f.palette([(9, 9, 9), COLOUR[3]]), mask_of,
      r"a.png cannot be read .*colour \(128, 128, 0\) is VOC's for 3, others are not"),
     ("a declared palette of another order", lambda f: f.palette([COLOUR[i] for i in (0, 2, 1)]),
-     MASK, [0, 2]),
+     mask_of, [0, 2]),
     ("a declared palette that is not VOC's alone",
-     lambda f: f.palette([COLOUR[0], COLOUR[2], RED]), MASK, "is VOC's for 2, others are not"),
+     lambda f: f.palette([COLOUR[0], COLOUR[2], RED]), mask_of, "is VOC's for 2, others are not"),
     ("re-indexed, and no class of this data set", lambda f: f.palette([COLOUR[0], COLOUR[5]]),
-     MASK, "it holds the value 5, allowed are 0..3"),
-    ("a grey palette in order", lambda f: f.palette(GREYS), MASK, [0, 1]),
-    ("one bit a pixel", lambda f: Image.fromarray(RAMP > 90).save(f.mask), MASK, [0, 255]),
-    ("RGB in VOC's colours", lambda f: Image.open(f.mask).convert("RGB").save(f.mask), MASK,
+     mask_of, "it holds the value 5, allowed are 0..3"),
+    ("a grey palette in order", lambda f: f.palette(GREYS), mask_of, [0, 1]),
+    ("one bit a pixel", lambda f: Image.fromarray(RAMP > 90).save(f.mask), mask_of, [0, 255]),
+    ("RGB in VOC's colours", lambda f: Image.open(f.mask).convert("RGB").save(f.mask), mask_of,
      [0, 1]),
-    ("RGB in other colours", lambda f: Image.fromarray(draw()).save(f.mask), MASK,
+    ("RGB in other colours", lambda f: Image.fromarray(draw()).save(f.mask), mask_of,
      "a.png cannot be read .*none of VOC's"),
     ("16-bit mask", lambda f: Image.fromarray(data.read_mask(f.mask).astype(np.uint16))
-     .save(f.mask), MASK, [0, 1]),
-    ("a value without class", lambda f: data.write_mask(f.mask, np.full((40, 48), 9)), MASK,
+     .save(f.mask), mask_of, [0, 1]),
+    ("a value without class", lambda f: data.write_mask(f.mask, np.full((40, 48), 9)), mask_of,
      "a.png cannot be read .it holds the value 9, allowed are 0..3 and 255"),
-    ("0 and 255 for an object", lambda f: f.repaint(0, 255), SCORE,
+    ("0 and 255 for an object", lambda f: f.repaint(0, 255), scored,
      "no pixel of any class: 255 means ignored, write class k as k"),
-    ("nothing to score", lambda f: f.repaint(255, 255), SCORE, "no pixel of any class"),
+    ("nothing to score", lambda f: f.repaint(255, 255), scored, "no pixel of any class"),
     # lists and labels
-    ("a reserved class name", lambda f: f.classes.write_text("_background_\ncat\n"), OPEN,
+    ("a reserved class name", lambda f: f.classes.write_text("_background_\ncat\n"), opened,
      "classes.txt lists '_background_', which is no class"),
-    ("an ignored class", lambda f: f.classes.write_text("cat\n__ignore__\n"), OPEN,
+    ("an ignored class", lambda f: f.classes.write_text("cat\n__ignore__\n"), opened,
      "lists '__ignore__'"),
-    ("a class twice", lambda f: f.classes.write_text("cat\ncat\n"), OPEN,
+    ("a class twice", lambda f: f.classes.write_text("cat\ncat\n"), opened,
      "names the class 'cat' more than once"),
-    ("255 classes", lambda f: f.classes.write_text("\n".join(f"c{i}" for i in range(255))), OPEN,
+    ("255 classes", lambda f: f.classes.write_text("\n".join(f"c{i}" for i in range(255))), opened,
      "names 255 classes: 1 to 254 fit"),
     ("BOM in the class list", lambda f: f.classes.write_bytes(b"\xef\xbb\xbfcat\ndog\naxolotl\n"),
-     LABELS, [0]),
-    ("BOM and CRLF in a list", lambda f: f.list.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n\r\n"), IDS,
+     labels_of, [0]),
+    ("BOM and CRLF in a list", lambda f: f.list.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n\r\n"), ids,
      ["a", "b"]),
-    ("spaces in a name", lambda f: (f.rename("my cat.jpg"), f.list.write_text("my cat\n")), IDS,
+    ("spaces in a name", lambda f: (f.rename("my cat.jpg"), f.list.write_text("my cat\n")), ids,
      ["my cat"]),
-    ("extensions in a list", lambda f: f.list.write_text("a.jpg\nb.jpg\n"), IDS, ["a", "b"]),
-    ("a list of one class", lambda f: f.list.write_text("a  1\nb -1\n"), OPEN,
+    ("extensions in a list", lambda f: f.list.write_text("a.jpg\nb.jpg\n"), ids, ["a", "b"]),
+    ("a list of one class", lambda f: f.list.write_text("a  1\nb -1\n"), opened,
      "train.txt has the line 'a  1': it seems to be a list of one class"),
-    ("a list that leaves the folder", lambda f: f.list.write_text("../../secret\n"), OPEN,
+    ("a list that leaves the folder", lambda f: f.list.write_text("../../secret\n"), opened,
      "names '../../secret', which is not the plain name"),
-    ("an image that is not there", lambda f: f.list.write_text("a\nzebra\n"), OPEN,
+    ("an image that is not there", lambda f: f.list.write_text("a\nzebra\n"), opened,
      "names 1 images .*'zebra'; complete the download"),
-    ("an image twice", lambda f: f.list.write_text("a\na\n"), OPEN, "lists 'a' more than once"),
-    ("an empty list", lambda f: f.list.write_text("\n"), OPEN, "the split 'train' of .* is empty"),
-    ("no such list", lambda f: f.list.unlink(), OPEN,
+    ("an image twice", lambda f: f.list.write_text("a\na\n"), opened, "lists 'a' more than once"),
+    ("an empty list", lambda f: f.list.write_text("\n"), opened,
+     "the split 'train' of .* is empty"),
+    ("no such list", lambda f: f.list.unlink(), opened,
      "no split 'train': .*train.txt does not exist"),
-    ("namespace and padding in XML", lambda f: f.xml.write_text(NAMESPACE), LABELS, [1]),
-    ("another encoding of XML", latin, LABELS, [2]),
+    ("namespace and padding in XML", lambda f: f.xml.write_text(NAMESPACE), labels_of, [1]),
+    ("another encoding of XML", latin, labels_of, [2]),
     ("an encoding that the parser lacks", lambda f: f.xml.write_bytes(CHINESE.encode("gb2312")),
-     LABELS, "a.xml cannot be read .*multi-byte"),
-    ("broken XML", lambda f: f.xml.write_text("<annotation><obj"), LABELS,
+     labels_of, "a.xml cannot be read .*multi-byte"),
+    ("broken XML", lambda f: f.xml.write_text("<annotation><obj"), labels_of,
      "a.xml cannot be read .*labels.csv"),
-    ("an unknown class", lambda f: f.xml.write_text(UNICORN), LABELS,
+    ("an unknown class", lambda f: f.xml.write_text(UNICORN), labels_of,
      "a.xml names the class 'unicorn' in a, which .*classes.txt does not have"),
-    ("no object", lambda f: f.xml.write_text("<a></a>"), LABELS, "a.xml names no object in a"),
-    ("no XML", lambda f: f.xml.unlink(), LABELS, "no file .*a.xml: image labels come from"),
+    ("no object", lambda f: f.xml.write_text("<a></a>"), labels_of, "a.xml names no object in a"),
+    ("no XML", lambda f: f.xml.unlink(), labels_of, "no file .*a.xml: image labels come from"),
     ("labels.csv", lambda f: f.labels_csv("name,classes\na.jpg, dog ,cat\nb,axolotl\nb,cat\n"),
      lambda f: [f.open().labels(n) for n in "ab"], [[0, 1], [0, 2]]),
-    ("labels.csv without the image", lambda f: f.labels_csv("b,cat\n"), LABELS,
+    ("labels.csv without the image", lambda f: f.labels_csv("b,cat\n"), labels_of,
      "labels.csv names no object in a"),
-    ("labels.csv with an unknown class", lambda f: f.labels_csv("a,cow\n"), LABELS,
+    ("labels.csv with semicolons", lambda f: f.labels_csv("name;class\na;cat\n"), opened,
+     "line 1 of .*labels.csv is 'name;class': write an image's name and its classes, with commas"),
+    ("labels.csv with another image", lambda f: f.labels_csv("a,cat\n\nzebra,cat\n"), opened,
+     "line 3 of .*labels.csv names the image 'zebra', which is not in"),
+    ("labels.csv with an unknown class", lambda f: f.labels_csv("a,cow\n"), labels_of,
      "labels.csv names the class 'cow' in a"),
     # COCO
     ("val numbers categories otherwise", lambda f: f.json(numbered_otherwise, "val"),
      compare_coco_splits, "instances_train2014.json and .*instances_val2014.json disagree about "
      "the classes: class 1 is 'person' in the first, 'toothbrush' in the second"),
-    ("image_id as a string", lambda f: f.first(image_id="0"), COCO,
+    ("image_id as a string", lambda f: f.first(image_id="0"), coco,
      "1 annotations belong to no image, first 0"),
-    ("a dangling image_id", lambda f: f.first(image_id=77), COCO,
+    ("a dangling image_id", lambda f: f.first(image_id=77), coco,
      "1 annotations belong to no image, first 0"),
-    ("two images of one name", two_of_one_name, COCO,
+    ("two images of one name", two_of_one_name, coco,
      "has two images of one name, a/0001.jpg and b/0001.jpg"),
     ("a subfolder and another format", in_a_subfolder,
      lambda f: f.open_coco().image("0001").size, (48, 40)),
     ("a photograph that is not the JSON's", other_photograph,
      lambda f: f.open_coco().image("COCO_train2014_000000000000"),
      "000000000000.jpg is 48 x 40 pixels .*EXIF.*instances_train2014.json says 40 x 48"),
-    ("two images of one id", lambda f: f.first_image(1, id=0), COCO, "gives 5 images 4 ids"),
-    ("a file elsewhere", lambda f: f.first_image(file_name="../x.jpg"), COCO,
+    ("two images of one id", lambda f: f.first_image(1, id=0), coco, "gives 5 images 4 ids"),
+    ("a file elsewhere", lambda f: f.first_image(file_name="../x.jpg"), coco,
      "names the file '../x.jpg'"),
     ("a corner outside", lambda f: f.first(segmentation=[[-400, -400, 900, -400, 24, 900]]),
-     lambda f: sum(PIXELS(f)), 40 * 48),
+     lambda f: sum(pixels_of(f)), 40 * 48),
     ("area 0 everywhere", lambda f: f.json(lambda r: [a.update(area=0) for a in r["annotations"]]),
-     PIXELS, (16, 584)),
-    ("area null", lambda f: f.first(area=None), PIXELS, (16, 584)),
+     pixels_of, (16, 584)),
+    ("area null", lambda f: f.first(area=None), pixels_of, (16, 584)),
     ("no segmentation", lambda f: f.json(lambda r: r["annotations"][0].pop("segmentation")),
-     PIXELS, "instances_train2014.json cannot be read .*outline of annotation 0 "),
-    ("an unknown category", lambda f: f.first(category_id=12), COCO,
+     pixels_of, "instances_train2014.json cannot be read .*outline of annotation 0 "),
+    ("an unknown category", lambda f: f.first(category_id=12), coco,
      "annotation 0 has the unknown category 12"),
-    ("an outline of words", lambda f: f.first(segmentation=[["x"] * 6]), PIXELS, "annotation 0 "),
+    ("an outline of words", lambda f: f.first(segmentation=[["x"] * 6]), pixels_of,
+     "annotation 0 "),
     ("305 categories", lambda f: f.json(lambda r: r["categories"].extend(
-        dict(id=100 + i, name=f"c{i}") for i in range(303))), COCO,
+        dict(id=100 + i, name=f"c{i}") for i in range(303))), coco,
      "names 305 classes: 1 to 254 fit"),
-    ("broken JSON", lambda f: f.instances.write_text("{"), COCO,
+    ("broken JSON", lambda f: f.instances.write_text("{"), coco,
      "instances_train2014.json cannot be read"),
-    ("another JSON", lambda f: f.instances.write_text("{}"), COCO,
+    ("another JSON", lambda f: f.instances.write_text("{}"), coco,
      "KeyError.*instances file of COCO"),
 ]
 
@@ -1708,7 +1739,7 @@ def test_voc_labels_and_masks(tmp_path):
 def test_data_that_is_not_there(tmp_path):
     make_voc(tmp_path)
     for arguments, message in ((("VOC2012", tmp_path, "train", 0), "--limit 0"),
-                               (("VOC2013", tmp_path, "train"), "unknown data set 'VOC2013'"),
+                               (("VOC2013", tmp_path, "train"), "no data set or folder 'VOC2013'"),
                                (("VOC2012", tmp_path, "test"), "no split 'test'"),
                                (("VOC2012", tmp_path / "x", "train"), "JPEGImages: add --down")):
         with refused(message):
@@ -1922,7 +1953,7 @@ def no_space(monkeypatch):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda served, _: served.update(body=served["body"][:len(served["body"]) // 2]),
-     "could not be fetched .*: try again, or extract it under"),
+     "could not be fetched .*: try again, or fetch http.* elsewhere, put them into"),
     (lambda served, _: served["archive"](port=1), "could not be fetched .*refused"),
     (lambda served, _: served["archive"](md5="0" * 32), "could not be fetched .*corrupted"),
     (lambda served, monkeypatch: no_space(monkeypatch), "has 0.0 GB free, VOC2012 takes")],
@@ -2002,9 +2033,9 @@ def test_damaged_files_end_in_a_clear_error_or_a_correct_result(tmp_path):
         return [(dataset.labels(name), dataset.rasterise(name)) for name in dataset.ids]
 
     readers = {
-        folder.image: lambda: SIZE(folder), folder.mask: lambda: MASK(folder),
-        folder.xml: lambda: LABELS(folder), folder.list: folder.open, folder.classes: folder.open,
-        folder.instances: every_coco_mask, cam: lambda: data.read_cam(cam),
+        folder.image: lambda: size_of(folder), folder.mask: lambda: mask_of(folder),
+        folder.xml: lambda: labels_of(folder), folder.list: folder.open,
+        folder.classes: folder.open, folder.instances: every_coco_mask, cam: lambda: data.read_cam(cam),
         last: lambda: data.read_checkpoint(last, "cls")}
     rng, errors = np.random.default_rng(0), 0
     for path, read in readers.items():
@@ -2028,7 +2059,7 @@ def test_an_xml_that_explodes(tmp_path):
     objects = "<annotation><object><name>&a9;</name></object></annotation>"
     folder.xml.write_text(f"<!DOCTYPE a [{entities}]>{objects}")
     with refused("a.xml"):
-        LABELS(folder)
+        labels_of(folder)
 
 
 def test_a_png_that_explodes(tmp_path):
@@ -2041,7 +2072,7 @@ def test_a_png_that_explodes(tmp_path):
     huge = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
     folder.mask.write_bytes(huge)
     with refused("a.png cannot be read"):
-        MASK(folder)
+        mask_of(folder)
 
 
 class Attack:
@@ -2098,7 +2129,7 @@ MESSAGES = [  # stage, flags, what is printed after "error: "
     (train_cls, "--device mps", r"--device mps: not there"),
     (train_cls, "--size 60", r"--size 60: not a multiple of the patch size 8"),
     (train_cls, "--batch 5", r"--batch 5 with 4 images"),
-    (train_cls, "--data nowhere", r"unknown data set 'nowhere'"),
+    (train_cls, "--data nowhere", r"no data set or folder 'nowhere'"),
     (train_cls, "--batch 4 --coupling split --deep-from 6", r"--deep-from 6 with 6 layers"),
     (train_cls, "--resume --overwrite", r"not allowed with argument --resume"),
     (refine, "--labels dots", r"--labels goes with --photos"),
@@ -2133,7 +2164,23 @@ def test_an_error_of_the_user_in_a_loaders_worker_is_one_line(tmp_path, capsys):
         data.run(lambda: train_cls.main(settings))
     printed = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and len(printed) == 1, printed
-    assert re.match("error: .*a.jpg cannot be read .*: replace the file", printed[0])
+    assert re.match("error: .*a.jpg cannot be read .*: replace it", printed[0])
+
+
+def test_ctrl_c_ends_with_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        data.run(interrupted)
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "interrupted; go on with --resume\n"
+
+
+@pytest.mark.parametrize("flags, first", [("", 7), ("--depth 6", 4), ("--depth 10", 6),
+                                          ("--preset toy", 4), ("--data toy", 2)])
+def test_the_first_deep_layer_follows_the_depth(flags, first):
+    assert train_cls.parse_args(flags.split()).deep_from == first
 
 
 def test_profile_needs_one_process(monkeypatch):
@@ -2196,6 +2243,15 @@ def test_training_resumes_and_branches_to_the_same_bits(tmp_path, flags):
     assert equal(whole, resumed) and equal(whole, branched)
     if whole["entropy"] is not None:
         assert torch.equal(whole["entropy"], resumed["entropy"])
+
+
+def test_a_resumed_log_has_each_epoch_once(tmp_path, capsys):
+    """Epochs after the last checkpoint are trained, and logged, again."""
+    train(tmp_path, "--epochs 3")
+    stop_after_the_warm_up(tmp_path)
+    train(tmp_path, "--epochs 3 --resume")
+    assert "cls: going on after epoch 1" in capsys.readouterr().out
+    assert [line.get("epoch") for line in data.read_log(tmp_path / "cls")] == [1, 2, 3, None]
 
 
 def test_what_resume_branch_and_overwrite_refuse(own, tmp_path):

@@ -21,7 +21,7 @@ import model as vit
 from refine import present_classes, pseudo_label
 
 DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10,
-                pretrained="auto", drop_path=0.1, deep_from=7, affinity_weight=0.1)
+                pretrained="auto", drop_path=0.1, affinity_weight=0.1)
 RECIPES = {  # what other data sets need instead
     "toy": dict(preset="toy", size=64, batch=16, epochs=10, warmup_epochs=5, pretrained="none",
                 deep_from=2, affinity_weight=4.0, drop_path=0.0, lr=1e-3),
@@ -38,12 +38,12 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=vit.PRESETS,
-        help="default deit_small, the paper's; toy for --data toy")
+        help="default deit_small, the paper's; --data toy: toy")
     add("--depth", type=int, metavar="N",
         help="use the first N blocks only (the paper studies 6, 8, 10, 12)")
     add("--pretrained", metavar="auto|none|PATH",
         help="auto: download DeiT's ImageNet-1k weights (default); none: from scratch")
-    add("--drop-path", type=float, metavar="P", help="default 0.1; toy 0")
+    add("--drop-path", type=float, metavar="P", help="default 0.1; --data toy: 0")
 
     add = parser.add_argument_group("training").add_argument
     add("--split", help="default trainaug of VOC2012, else train")
@@ -51,29 +51,30 @@ def parse_args(argv=None):
         help="go on from another run's checkpoint, with this run's settings")
     add("--augment", choices=AUGMENTATIONS, default="jitter",
         help="crops and colour jitter (default), or as the release: RandAugment, erasing")
-    add("--size", type=int, metavar="PX", help="side of a training crop (default 224; toy 64)")
-    add("--batch", type=int, help="default 64; toy 16")
-    add("--epochs", type=int, help="default 60; toy 10")
+    add("--size", type=int, metavar="PX", help="of a training crop (default 224; --data toy: 64)")
+    add("--batch", type=int, help="default 64; --data toy: 16")
+    add("--epochs", type=int, help="default 60; --data toy: 10")
     add("--warmup-epochs", type=int, metavar="N",
-        help="of these without the AReAM loss (default 10; toy 5)")
-    add("--lr", type=float, help="default 5e-4 * batch / 512; toy 1e-3")
+        help="the first N of them are without the AReAM loss (default 10; --data toy: 5)")
+    add("--lr", type=float, help="default 5e-4 * batch / 512; --data toy: 1e-3")
     add("--weight-decay", type=float, default=0.05, metavar="D", help="default 0.05")
 
     add = parser.add_argument_group("AReAM").add_argument
     add("--reactivation", choices=aream.REACTIVATION, default="entropy",
         help="default entropy; none: the plain classifier")
     add("--entropy", choices=("online", "static"), default="online",
-        help="of each image in each step (default), or averaged once at the end of the warm-up "
-             "(release)")
+        help="of each image in each step (default), or averaged once over the training crops, "
+             "when the warm-up is over (release)")
     add("--coupling", choices=("all", "split"), default="all",
         help="every layer guides and is supervised (default), or those below --deep-from guide "
              "the others (release)")
-    add("--deep-from", type=int, metavar="L", help="first deep layer, 0-based (default 7; toy 2)")
+    add("--deep-from", type=int, metavar="L",
+        help="first deep layer, 0-based (default 7 of 12 layers; --data toy: 2)")
     add("--affinity-weight", type=float, metavar="W",
-        help="of the AReAM loss (default 0.1; toy 4)")
+        help="of the AReAM loss (default 0.1; --data toy: 4)")
     add("--labels", choices=("two-views", "shared"), default="two-views",
-        help="from an extra pass over image and mirror image (default), or from the training "
-             "pass itself")
+        help="pair labels come from an extra pass over image and mirror image (default), or from "
+             "the training pass itself")
     add("--low", type=float, default=0.35,
         help="low background score of the pseudo-label (default 0.35)")
     add("--high", type=float, default=0.55, help="high background score (default 0.55)")
@@ -83,10 +84,13 @@ def parse_args(argv=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.split = args.split or data.training_split(args.data)
-    args.lr = args.lr or 5e-4 * args.batch / 512
+    if args.lr is None:
+        args.lr = 5e-4 * args.batch / 512
+    if args.deep_from is None:
+        args.deep_from = round(7 / 12 * (args.depth or vit.PRESETS[args.preset]["depth"]))
     if not 0 <= args.warmup_epochs <= args.epochs or args.epochs < 1:
-        parser.error(f"--epochs {args.epochs} --warmup-epochs {args.warmup_epochs}: 0 <= warm-up "
-                     f"<= epochs, epochs >= 1")
+        parser.error(f"--epochs {args.epochs} with --warmup-epochs {args.warmup_epochs} of them: "
+                     "at least one epoch, and no more warm-up than that")
     if args.size < 1 or args.size % vit.PRESETS[args.preset]["patch"]:
         parser.error(f"--size {args.size}: not a multiple of the patch size "
                      f"{vit.PRESETS[args.preset]['patch']}")
@@ -173,15 +177,15 @@ def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=N
             of_views = aream.layer_entropy(output.cam, output.affinity, labels.repeat(V, 1))
             entropy = of_views.view(V, B, -1).mean(0)  # (B, L)
         w, w_hat = aream.reactivation_weights(entropy.expand(B, -1), reactivation)  # each (B, L)
-        # (V * B, C, gh, gw)
-        cam = aream.guided_cam(output.cam, output.affinity, w.repeat(V, 1), guide)
+        guided = aream.guided_cam(output.cam, output.affinity, w.repeat(V, 1), guide)
         if V == 2:
-            cam = cam[:B] + cam[B:].flip(-1)
+            guided = guided[:B] + guided[B:].flip(-1)  # (B, C, gh, gw)
+
+        # no absent class from here on; normalised at half size, where PAR works
         class_ids, present = present_classes(labels)
-        of_image = torch.arange(B, device=cam.device)[:, None]
-        cam = cam[of_image, class_ids]  # (B, K, gh, gw): no absent class from here on
-        half = [side // 2 for side in pixels.shape[-2:]]  # PAR works at half size
-        cam = data.bilinear(cam, half)
+        of_image = torch.arange(B, device=guided.device)[:, None]
+        cam = guided[of_image, class_ids]  # (B, K, gh, gw)
+        cam = data.bilinear(cam, [side // 2 for side in pixels.shape[-2:]])
         cam = aream.normalise_cam(cam, present)
 
     with record_function("PAR"):
@@ -199,6 +203,9 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
     (pixels, labels), (guide, supervised) = batch, coupling
     shared = active and args.labels == "shared"
     settings = (pixels, labels, guide, args.reactivation, entropy, args.low, args.high)
+    capture = False
+    if active:
+        capture = True if shared else "logits"
 
     # Affinity labels, from a pass of their own or from the training pass.
     if active and not shared:
@@ -207,7 +214,7 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
         label, w_hat, _ = make_labels(views, *settings)
         del views  # its affinities, before the training pass needs the memory
     with record_function("forward"), data.autocast(pixels.device, args.precision):
-        output = model(data.normalise(pixels), True if shared else "logits" if active else False)
+        output = model(data.normalise(pixels), capture)
     if shared:
         label, w_hat, _ = make_labels(output, *settings)
 
@@ -235,17 +242,22 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
 def schedule(done):
     """The release's learning rate as a share of --lr; done: share of the training, [0, 1].
 
-    A linear warm-up over the first twelfth (5 of 60 epochs) from 0.016, then a cosine to 0.16
-    (1e-5 of 6.25e-5).
+    A linear rise from 0.016 over the first twelfth (5 of 60 epochs, whatever --warmup-epochs),
+    then a cosine to 0.16 (1e-5 of 6.25e-5).
     """
     if done < 1 / 12:
         return 0.016 + 0.984 * 12 * done
     return 0.16 + 0.84 * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def uses_aream(args, epoch):
+    """Whether an epoch (0-based) is trained with the AReAM loss."""
+    return args.reactivation != "none" and epoch >= args.warmup_epochs
+
+
 def train_one_epoch(model, optimizer, loader, args, epoch, coupling, entropy, device):
     """All steps of an epoch -> its log record. FloatingPointError if a loss is not finite."""
-    active = args.reactivation != "none" and epoch >= args.warmup_epochs
+    active = uses_aream(args, epoch)
     loader.sampler.set_epoch(epoch)
     data.seed_epoch(args.seed, epoch)
     model.train()
@@ -291,7 +303,7 @@ def validate(model, samples, args, device):
     """Class mAP in percent on a ClassificationSet."""
     model.eval()
     logits, target = [], []
-    in_order = [(index, 0) for index in range(len(samples))]
+    in_order = [(index, 0) for index in range(len(samples))]  # 0: there is nothing random
     loader = DataLoader(samples, args.batch, sampler=in_order, num_workers=args.workers)
     for pixels, labels in loader:
         with data.autocast(device, args.precision):
@@ -372,6 +384,7 @@ def main(argv=None):
     dataset = data.open_split(args, args.split)
     val = open_validation(args, dataset)
     samples = ClassificationSet(dataset, args.size, args.augment)
+    describe(dataset, samples.labels)
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
 
     # model, optimiser, where to begin
@@ -383,6 +396,7 @@ def main(argv=None):
     if args.profile:
         return profile(model, optimizer, loader, args, coupling, device)
     data.prepare_folder(folder, args, dataset)
+    data.go_on(folder, first)
     plain_types = (int, float, str, type(None))
     config = {key: value for key, value in vars(args).items() if isinstance(value, plain_types)}
     config.update(data=dataset.name, classes=list(dataset.classes))
@@ -393,11 +407,11 @@ def main(argv=None):
             "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     # train
-    wrapped, begin, saved = data.distributed(model, device), time.time(), time.time()
+    wrapped = data.distributed(model, device)
+    begin = saved = time.time()
     for epoch in range(first, args.epochs):
         static = None
-        active = args.reactivation != "none" and epoch >= args.warmup_epochs
-        if active and args.entropy == "static":
+        if args.entropy == "static" and uses_aream(args, epoch):
             if entropy is None:
                 loader.sampler.set_epoch(epoch)  # the same crops in a resumed run
                 entropy = mean_entropy(model, loader, args.precision, device).cpu()
@@ -430,6 +444,16 @@ def main(argv=None):
     data.wait_for_all()
 
 
+def describe(dataset, labels):
+    """Print what was found, for a look at whether it was meant; labels (images, C)."""
+    count = labels.sum(0).long().tolist()
+    by_count = sorted(zip(count, dataset.classes))
+    (fewest, rare), (most, frequent) = by_count[0], by_count[-1]
+    if not data.rank():
+        print(f"{dataset.name} {dataset.split}: {len(labels)} images, {len(count)} classes, from "
+              f"{rare} (in {fewest}) to {frequent} (in {most})", flush=True)
+
+
 def open_validation(args, dataset):
     """The val split as a ClassificationSet; None for own data without such a list."""
     own_list = Path(args.data) / "ImageSets" / "Segmentation" / "val.txt"
@@ -440,15 +464,15 @@ def open_validation(args, dataset):
 
 def profile(model, optimizer, loader, args, coupling, device):
     """Print where the time goes in --profile steps, and how long the run would take."""
-    views = {"two-views": 2, "shared": 0}[args.labels]
     forward = args.batch * model.flops((args.size // model.patch,) * 2)
+    label_passes = {"two-views": 2, "shared": 0}[args.labels]
 
     def batches():
         while True:
             yield from loader
 
     rates = []
-    for active in (False, True)[:1 + (args.reactivation != "none")]:
+    for active in [False] if args.reactivation == "none" else [False, True]:
         source = batches()
 
         def step(_):
@@ -458,7 +482,7 @@ def profile(model, optimizer, loader, args, coupling, device):
 
         print(f"{'AReAM' if active else 'plain'} step, {args.preset}, {args.size} px, batch "
               f"{args.batch}, {device}, {args.precision}")
-        flops = forward * (3 + views * active)
+        flops = forward * (3 + label_passes * active)  # a backward pass costs two
         rates.append(data.profile(step, args.profile, device, args.batch, flops))
     images = len(loader) * args.batch
     rest = args.epochs - args.warmup_epochs

@@ -2,7 +2,7 @@
 
 Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; or, trained, any --photos.
 Writes <out>/seg/{args.json, log.jsonl, last.pt} and <out>/pred/<split>/<image>.png; of photographs
-       <out>/photos/<name>.png (the mask) and .overlay.jpg (the photograph under it).
+       <out>/photos/<name>.png (the mask) and .overlay.jpg (the mask over the photograph).
 Run    python train_seg.py --data VOC2012                   (after refine.py)
 Expect on one CPU core, deeplabv3_vit of DeiT-Tiny, 224 px, bfloat16: EXPECT images/s.
 """
@@ -43,29 +43,33 @@ RECIPES = {  # defaults by kind of backbone; toy has its own
 def parse_args(argv=None):
     parser = data.argument_parser(__doc__)
     data.resuming_arguments(parser)
+    parser.add_argument("--predict-only", action="store_true",
+                        help="predict --predict-split with the trained model, train nothing")
     parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
                         help="segment these photographs (files, folders) with the trained model, "
-                             "and do nothing else")
+                             "train nothing; replaces earlier masks of the same names")
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHITECTURES, metavar="NAME",
-        help=f"{', '.join(ARCHITECTURES)} (default the first; toy the last)")
+        help=f"{', '.join(ARCHITECTURES)} (default the first; --data toy: the last)")
     add("--pretrained", metavar="auto|none|PATH", default="auto",
-        help="auto (default): ImageNet backbone of torchvision, or <out>/cls/last.pt for "
-             "deeplabv3_vit")
+        help="auto (default): ImageNet backbone of torchvision, for deeplabv3_vit "
+             "<out>/cls/last.pt, from which it takes its size with none too")
     add = parser.add_argument_group("training").add_argument
     add("--split", help="default trainaug of VOC2012, else train")
     add("--masks", type=Path, metavar="DIR", help="pseudo-masks (default <out>/pseudo)")
     add("--size", type=int, metavar="PX",
-        help="side of a training crop (default 321, ViT 320, toy 64)")
+        help="side of a training crop (default 321; ViT 320; --data toy: 64)")
     add("--batch", type=int, help="default 16")
-    add("--epochs", type=int, help="default 30; toy 6")
+    add("--epochs", type=int, help="default 30; --data toy: 6")
     add("--lr", type=float,
-        help="of the backbone; the head has ten times as much. SGD for CNNs, AdamW for the ViT")
+        help="of the backbone, the head has ten times as much (default 0.01, SGD; ViT 6e-5, "
+             "AdamW; --data toy: 5e-4)")
     add = parser.add_argument_group("prediction").add_argument
     add("--predict-split", default="val", metavar="SPLIT",
         help="split to predict after training (default val)")
     add("--scales", type=float, nargs="+",
-        help="default 0.5 0.75 1 1.25 1.5, each with its mirror image; toy 1")
+        help="default 0.5 0.75 1 1.25 1.5, each with its mirror image (--data toy: 1); a trained "
+             "model's own for --photos and --predict-only")
     add("--max-side", type=int, metavar="PX",
         help="shrink larger photographs (default 1024; ViT 64 patches)")
     args = parser.parse_args(argv)
@@ -76,7 +80,7 @@ def parse_args(argv=None):
     for key, value in RECIPES["toy" if args.data == "toy" else kind].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.scales is None and not args.photos:  # for photographs: those of the trained model
+    if args.scales is None and not (args.photos or args.predict_only):
         args.scales = [1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5]
     if args.epochs < 1 or args.batch < 2:
         parser.error(f"--epochs {args.epochs} --batch {args.batch}: at least one epoch, and two "
@@ -273,6 +277,38 @@ def predict(net, pixels, scales, multiple=1, precision="float32"):
     return total.max(0).indices.to(torch.uint8)  # many times faster than argmax on a CPU
 
 
+def multiple_of(net):
+    """Images of a ViT are padded to multiples of its patch size, of a CNN not at all."""
+    return net.backbone.model.patch if isinstance(net.backbone, ViTFeatures) else 1
+
+
+def predict_photograph(net, pixels, scales, args, device):
+    """predict() within a bounded memory: a large photograph is shrunk, its mask enlarged."""
+    multiple = multiple_of(net)
+    most = args.max_side or (1024 if multiple == 1 else 64 * multiple)
+    shrunk = data.shrink(pixels, most).to(device)
+    mask = predict(net, shrunk, scales, multiple, args.precision)
+    return data.enlarge(mask.cpu(), pixels.shape[-2:]).numpy()
+
+
+def predict_split(net, dataset, scales, args, device):
+    """Predict what is not there yet; of several processes each takes its share."""
+    net.eval()
+    folder, begin = args.out / "pred" / dataset.split, time.time()
+    share = dataset.ids[data.rank()::data.world()]
+    todo = [name for name in share if not (folder / f"{name}.png").is_file()]
+    images = data.load_images(dataset, todo, args.workers, device)
+    for count, (name, pixels) in enumerate(images, 1):
+        data.write_mask(folder / f"{name}.png",
+                        predict_photograph(net, pixels, scales, args, device))
+        if count % 20 == 0:
+            rate = count / (time.time() - begin)
+            data.progress(f"{count}/{len(todo)} predicted, {rate:.1f} images/s")
+    data.wait_for_all()
+    record = {"predicted": len(dataset.ids), "seconds": time.time() - begin}
+    data.log_line(args.out / "seg", record)
+
+
 # -------------------------------------------------------------------------------------------------
 # The stage
 # -------------------------------------------------------------------------------------------------
@@ -305,11 +341,6 @@ def restore(net, optimizer, args, dataset, folder, classifier):
     return 0
 
 
-def largest_side(args, multiple):
-    """Pixels beyond which a photograph is shrunk: --max-side, or 1024, or 64 patches of a ViT."""
-    return args.max_side or (1024 if multiple == 1 else 64 * multiple)
-
-
 def check_masks(dataset, masks, options):
     """An error where a folder holds no masks to train on: none, ground truth, no class."""
     data.need_files(masks, dataset.ids, ".png", f"python refine.py {options}")
@@ -329,6 +360,8 @@ def main(argv=None):
     device = data.start(args)
     if args.photos:
         return segment_photos(args, device)
+    if args.predict_only:
+        return predict_again(args, device)
     folder, masks = args.out / "seg", args.masks or args.out / "pseudo"
 
     # data
@@ -347,9 +380,9 @@ def main(argv=None):
             path = args.out / "cls" / "last.pt"
         classifier = data.read_checkpoint(path, "cls", dataset, data.data_flags(args))
     net = build(args.arch, len(dataset.classes), classifier and classifier["config"])
-    multiple = net.backbone.model.patch if classifier else 1
-    if args.size % multiple:
-        raise ValueError(f"--size {args.size} is not a multiple of the patch size {multiple}")
+    if args.size % multiple_of(net):
+        raise ValueError(f"--size {args.size} is not a multiple of the patch size "
+                         f"{multiple_of(net)}")
     net.to(device)
     if device.type == "cuda" and not classifier:  # what convolutions are fastest with
         net.to(memory_format=torch.channels_last)
@@ -365,6 +398,7 @@ def main(argv=None):
         raise ValueError(f"{predictions.parent} holds predictions, but {folder} no model that "
                          "made them: replace them with --overwrite, or choose another --out")
     data.prepare_folder(folder, args, dataset, **made_from)
+    data.go_on(folder, first)
     if outdated and not data.rank():
         shutil.rmtree(predictions.parent)
     for half_written in predictions.glob(".*.tmp"):  # by a process that was killed
@@ -374,7 +408,8 @@ def main(argv=None):
               "classifier": classifier and classifier["config"], "scales": args.scales}
 
     # train
-    wrapped, begin, saved = data.distributed(net, device), time.time(), time.time()
+    wrapped = data.distributed(net, device)
+    begin = saved = time.time()
     for epoch in range(first, args.epochs):
         try:
             record = train_one_epoch(wrapped, optimizer, loader, args, epoch, device)
@@ -390,49 +425,53 @@ def main(argv=None):
         record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
         data.log_line(folder, record)
 
-    # predict what is not there yet; of several processes each takes its share
-    net.eval()
-    begin = time.time()
-    share = target.ids[data.rank()::data.world()]
-    todo = [n for n in share if not (predictions / f"{n}.png").is_file()]
-    photographs = data.load_images(target, todo, args.workers, device)
-    for count, (name, pixels) in enumerate(photographs, 1):
-        shrunk = data.shrink(pixels, largest_side(args, multiple)).to(device)
-        mask = predict(net, shrunk, args.scales, multiple, args.precision).cpu()
-        mask = data.enlarge(mask, pixels.shape[-2:])
-        data.write_mask(predictions / f"{name}.png", mask.numpy())
-        if count % 20 == 0:
-            data.progress(f"{count}/{len(todo)} predicted, {count / (time.time() - begin):.1f} "
-                          f"images/s")
+    predict_split(net, target, args.scales, args, device)
+
+
+def load_trained(args, dataset, device):
+    """The DeepLab of <out>/seg in eval mode, and its config; dataset: what it was trained on."""
+    path = args.out / "seg" / "last.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: give the --out of a run that train_seg.py "
+                                f"has trained")
+    checkpoint = data.read_checkpoint(path, "seg", dataset)
+    config = checkpoint["config"]
+    net = build(config["arch"], len(config["classes"]), config["classifier"])
+    net.load_state_dict(checkpoint["model"])
+    return net.to(device).eval(), config
+
+
+def predict_again(args, device):
+    """Another split with the trained model; needs no pseudo-masks."""
+    dataset = data.open_split(args, args.predict_split)
+    net, config = load_trained(args, dataset, device)
+    folder = args.out / "pred" / dataset.split
+    if folder.is_dir() and not args.resume and not data.rank():
+        if not args.overwrite:
+            raise ValueError(f"{folder} is in use: go on with --resume, or replace it with "
+                             f"--overwrite")
+        shutil.rmtree(folder)
     data.wait_for_all()
-    data.log_line(folder, {"predicted": len(target.ids), "seconds": time.time() - begin})
+    predict_split(net, dataset, args.scales or config["scales"], args, device)
 
 
 def segment_photos(args, device):
     """Masks of any photographs; needs the trained model alone."""
-    path = args.out / "seg" / "last.pt"
-    checkpoint = data.read_checkpoint(path, "seg", None, data.data_flags(args))
-    config, classes = checkpoint["config"], checkpoint["config"]["classes"]
-    net = build(config["arch"], len(classes), config["classifier"])
-    net.load_state_dict(checkpoint["model"])
-    net.to(device).eval()
-    multiple = net.backbone.model.patch if config["classifier"] else 1
+    net, config = load_trained(args, None, device)
+    names = ("background", *config["classes"])
+    for path, pixels in data.read_photos(args.photos):
+        mask = predict_photograph(net, pixels, args.scales or config["scales"], args, device)
+        shown = {names[value]: value for value in np.unique(mask).tolist() if value}
 
-    for path in data.photo_files(args.photos):
-        pixels = TF.pil_to_tensor(data.read_image(path))
-        shrunk = data.shrink(pixels, largest_side(args, multiple)).to(device)
-        mask = predict(net, shrunk, args.scales or config["scales"], multiple,
-                       args.precision).cpu()
-        mask = data.enlarge(mask, pixels.shape[-2:]).numpy()
-        values = [value for value in np.unique(mask).tolist() if value]
-        names = {value: ("background", *classes)[value] for value in values}
         target = args.out / "photos" / f"{path.stem}.png"
-        data.write_mask(target, mask)
-        legend = {name: data.voc_colours()[value] for value, name in names.items()}
         overlay = target.with_suffix(".overlay.jpg")
-        data.write_overlay(overlay, pixels, data.voc_colours()[mask], legend)
-        print(f"{path.name}: {', '.join(names.values()) or 'background alone'}  ->  {target}, "
-              f"{target.with_suffix('.overlay.jpg').name}", flush=True)
+        data.write_mask(target, mask)
+        colours, legend = data.voc_colours()[mask], {}
+        for name, value in shown.items():
+            legend[name] = data.voc_colours()[value]
+        data.write_overlay(overlay, pixels, colours, 0.5 * (mask > 0), legend)
+        print(f"{path.name}: {', '.join(shown) or 'background alone'}  ->  {target}, "
+              f"{overlay.name}", flush=True)
 
 
 if __name__ == "__main__":
