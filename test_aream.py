@@ -2035,7 +2035,8 @@ def test_damaged_files_end_in_a_clear_error_or_a_correct_result(tmp_path):
     readers = {
         folder.image: lambda: size_of(folder), folder.mask: lambda: mask_of(folder),
         folder.xml: lambda: labels_of(folder), folder.list: folder.open,
-        folder.classes: folder.open, folder.instances: every_coco_mask, cam: lambda: data.read_cam(cam),
+        folder.classes: folder.open, folder.instances: every_coco_mask,
+        cam: lambda: data.read_cam(cam),
         last: lambda: data.read_checkpoint(last, "cls")}
     rng, errors = np.random.default_rng(0), 0
     for path, read in readers.items():

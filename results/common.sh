@@ -16,11 +16,13 @@ row() {
   done
 }
 
-# copy OF NAME SEED: the classifier of another row
+# copy NAME OF SEED: the classifier of row OF
 copy() {
-  if [ ! -d "$OUT/$2/$3/cls" ]; then
-    mkdir -p "$OUT/$2/$3"
-    cp -r "$OUT/$1/$3/cls" "$OUT/$2/$3"
+  local to=$OUT/$1/$3 from=$OUT/$2/$3
+  if [ ! -d "$to/cls" ]; then
+    mkdir -p "$to"
+    cp -r "$from/cls" "$to/cls.tmp"
+    mv "$to/cls.tmp" "$to/cls"
   fi
 }
 
@@ -30,7 +32,7 @@ score() {
   for seed in $SEEDS; do
     out=$OUT/$name/$seed
     if [ ! -f "$out/layers.json" ]; then
-      copy "$of" "$name" "$seed"
+      copy "$name" "$of" "$seed"
       "$PYTHON" evaluate.py "${DATA[@]}" "${SCORE[@]}" --what layers --out "$out" "$@"
     fi
   done
@@ -42,7 +44,7 @@ masks() {
   for seed in $SEEDS; do
     out=$OUT/$name/$seed
     if ! grep -qs '"pseudo"' "$out/results.json"; then
-      copy "$of" "$name" "$seed"
+      copy "$name" "$of" "$seed"
       "$PYTHON" refine.py "${DATA[@]}" "${MASKS[@]}" --out "$out" --resume "$@"
       "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --what pseudo --out "$out"
     fi

@@ -34,9 +34,9 @@ deeplab deeplab/none          schedule/none          "${VIT[@]}"
 deeplab deeplab/uniform-split schedule/uniform-split "${VIT[@]}"
 
 # Do deep layers over-smooth at other depths? (Figure 1)
-row depth/6  "${RELEASE[@]}" --epochs 10 --reactivation none --depth 6 --deep-from 4
-row depth/8  "${RELEASE[@]}" --epochs 10 --reactivation none --depth 8 --deep-from 5
-row depth/10 "${RELEASE[@]}" --epochs 10 --reactivation none --depth 10 --deep-from 6
+row depth/6  "${RELEASE[@]}" --epochs 10 --reactivation none --depth 6
+row depth/8  "${RELEASE[@]}" --epochs 10 --reactivation none --depth 8
+row depth/10 "${RELEASE[@]}" --epochs 10 --reactivation none --depth 10
 
 # How is the seed refined best? (beta 1.000001: one step, rows normalised)
 score walk/2-steps      schedule/none --steps 2
