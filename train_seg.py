@@ -295,6 +295,9 @@ def predict_split(net, dataset, scales, args, device):
     """Predict what is not there yet; of several processes each takes its share."""
     net.eval()
     folder, begin = args.out / "pred" / dataset.split, time.time()
+    for half_written in folder.glob(".*.tmp"):  # by a process that was killed
+        half_written.unlink(missing_ok=True)
+    data.wait_for_all()
     share = dataset.ids[data.rank()::data.world()]
     todo = [name for name in share if not (folder / f"{name}.png").is_file()]
     images = data.load_images(dataset, todo, args.workers, device)
@@ -355,6 +358,16 @@ def check_masks(dataset, masks, options):
                      f"undecided")
 
 
+def read_classifier(args, dataset):
+    """The stage-1 checkpoint that deeplabv3_vit starts from, and its path; None for CNNs."""
+    if args.arch != "deeplabv3_vit":
+        return None, None
+    path = args.pretrained
+    if path in ("auto", "none"):  # with none, for its size
+        path = args.out / "cls" / "last.pt"
+    return path, data.read_checkpoint(path, "cls", dataset, data.data_flags(args))
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = data.start(args)
@@ -366,19 +379,14 @@ def main(argv=None):
 
     # data
     dataset = data.open_split(args, args.split)
-    target = data.open_split(args, args.predict_split, like=dataset)
+    predicted = data.open_split(args, args.predict_split, like=dataset)
     check_masks(dataset, masks, f"{data.data_flags(args)} --split {args.split} --out "
                                 f"{data.quoted(args.out)}")
     samples = SegmentationSet(dataset, masks, args.size)
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
 
     # model, optimiser, where to begin
-    classifier = None
-    if args.arch == "deeplabv3_vit":
-        path = args.pretrained
-        if path in ("auto", "none"):
-            path = args.out / "cls" / "last.pt"
-        classifier = data.read_checkpoint(path, "cls", dataset, data.data_flags(args))
+    path, classifier = read_classifier(args, dataset)
     net = build(args.arch, len(dataset.classes), classifier and classifier["config"])
     if args.size % multiple_of(net):
         raise ValueError(f"--size {args.size} is not a multiple of the patch size "
@@ -389,20 +397,19 @@ def main(argv=None):
         torch.backends.cudnn.benchmark = not args.deterministic
     optimizer = make_optimizer(net, args)
     first = restore(net, optimizer, args, dataset, folder, classifier)
+
+    # folders
     made_from = {"classifier": path} if classifier else {}
     if (masks / "args.json").is_file():
         made_from["pseudo_masks"] = masks / "args.json"
-    predictions = args.out / "pred" / args.predict_split
-    outdated = first == 0 and predictions.parent.is_dir()  # made by an earlier model
+    outdated = first == 0 and (args.out / "pred").is_dir()  # predictions of an earlier model
     if outdated and not args.overwrite:
-        raise ValueError(f"{predictions.parent} holds predictions, but {folder} no model that "
-                         "made them: replace them with --overwrite, or choose another --out")
+        raise ValueError(f"{args.out / 'pred'} holds predictions, but {folder} no model that made "
+                         "them: replace them with --overwrite, or choose another --out")
     data.prepare_folder(folder, args, dataset, **made_from)
     data.go_on(folder, first)
     if outdated and not data.rank():
-        shutil.rmtree(predictions.parent)
-    for half_written in predictions.glob(".*.tmp"):  # by a process that was killed
-        half_written.unlink(missing_ok=True)
+        shutil.rmtree(args.out / "pred")
     data.wait_for_all()
     config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes),
               "classifier": classifier and classifier["config"], "scales": args.scales}
@@ -416,6 +423,7 @@ def main(argv=None):
         except FloatingPointError as error:
             on_disk = data.what_is_on_disk(folder)
             raise FloatingPointError(f"{error}; {on_disk}. Lower --lr") from error
+
         if epoch + 1 == args.epochs or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
             data.write_checkpoint(folder / "last.pt", {
                 "stage": "seg", "config": config, "epoch": epoch + 1,
@@ -425,7 +433,8 @@ def main(argv=None):
         record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
         data.log_line(folder, record)
 
-    predict_split(net, target, args.scales, args, device)
+    # predict
+    predict_split(net, predicted, args.scales, args, device)
 
 
 def load_trained(args, dataset, device):
