@@ -353,6 +353,8 @@ class COCO(ImageSet):
             identity, _, category, _ = lost[0]
             raise ValueError(f"{self.source}: annotation {identity} has the unknown category "
                              f"{category}")
+
+        # by image, whose name is that of its file without folder and extension
         objects = {}
         for identity, image, category, outline in annotations:
             objects.setdefault(image, []).append((identity, index[category], outline))
@@ -361,13 +363,14 @@ class COCO(ImageSet):
             both = [self.files[image][0] for image, n in names.items() if n == twice[0]]
             raise ValueError(f"{self.source} has two images of one name, "
                              f"{' and '.join(both[:2])}: rename one")
+        if len(objects) < len(self.files) and not rank():
+            print(f"{self.source.name}: {len(self.files) - len(objects)} of {len(self.files)} "
+                  f"images have no object and are left out")
         self.objects = {names[image]: found for image, found in objects.items()}
-        without = len(self.files) - len(names)
         self.files = {names[image]: self.files[image] for image in objects}
         self.ids = sorted(self.objects)
-        if without and not rank():
-            print(f"{self.source.name}: {without} of {without + len(self.ids)} images have no "
-                  f"object and are left out")
+
+        # every file is there, and below the folder
         for name in self.ids:
             path = Path(self.files[name][0])
             if path.is_absolute() or ".." in path.parts:
@@ -683,6 +686,8 @@ def download(name, root):
             raise ValueError(f"{target} is there, but lacks {missing[0]}: complete it by hand, or "
                              "move it away and give --download again")
         return
+
+    # room for archives and images
     size = sum(gigabytes for *_, gigabytes in archives)
     print(f"{name}: {size:.1f} GB to download into {fetched}, as much to extract", flush=True)
     fetched.mkdir(parents=True, exist_ok=True)
@@ -691,6 +696,8 @@ def download(name, root):
     if free < needed:
         raise OSError(f"{fetched} has {free / 1e9:.1f} GB free, {name} takes {needed / 1e9:.1f} "
                       "more: make room, or give another --data-root")
+
+    # all of them, then move
     try:
         for address, md5, folder, _ in archives:
             extracted = fetched / "extracted" / folder
@@ -1039,7 +1046,7 @@ def file_digest(path):
 
 # Flags that may differ when a run is resumed; and those that may name a file or a folder.
 FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "out", "data_root", "profile",
-                  "download", "predict_split"}
+                  "download", "predict_split", "predict_only"}
 PATHS = {"data", "classes", "masks", "branch_from", "pretrained"}
 
 
@@ -1052,41 +1059,52 @@ def prepare_folder(folder, args, dataset, **made_from):
     """
     if rank():
         return wait_for_all()
-    folder, settings = Path(folder), {}
+    folder, settings = Path(folder), stage_settings(args, dataset, made_from)
+    used = folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir())
+    if used and args.resume:
+        need_same_settings(folder, settings)
+        for half_written in folder.glob(".*.tmp"):  # by a process that was killed
+            half_written.unlink()
+    elif used and args.overwrite:
+        shutil.rmtree(folder)
+    elif used:
+        raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, "
+                         f"or choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "args.json", settings)
+    wait_for_all()
+
+
+def stage_settings(args, dataset, made_from):
+    """What args.json holds: the flags, the classes, and what the stage was made from."""
+    settings = {}
     for key, value in vars(args).items():
         if key in PATHS and value and Path(value).exists():
-            value = Path(value).resolve()
+            value = Path(value).resolve()  # however it was spelled
         if key not in FREE_TO_CHANGE:
             settings[key] = str(value) if isinstance(value, Path) else value
     settings["class_names"] = list(dataset.classes)
     settings["made_from"] = {"images and labels": dataset.fingerprint()}
     for what, path in made_from.items():
         settings["made_from"][what.replace("_", "-")] = file_digest(path)
-    used = folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir())
-    if used and args.resume and not (folder / "args.json").is_file():
+    return settings
+
+
+def need_same_settings(folder, settings):
+    """Raises ValueError that names the first difference from <folder>/args.json."""
+    if not (folder / "args.json").is_file():
         raise ValueError(f"--resume in {folder}, which has no args.json: replace it with "
                          "--overwrite, or choose another --out")
-    if used and args.resume:
-        before = read_json(folder / "args.json", "delete the folder to start again")
-        for what, content in settings["made_from"].items():
-            if before.get("made_from", {}).get(what) != content:
-                raise ValueError(f"--resume in {folder}, but the {what} changed since: start "
-                                 f"again with --overwrite")
-        if changed := [k for k in settings if before.get(k) != settings[k]]:
-            raise ValueError(f"--resume in {folder} with another "
-                             f"--{changed[0].replace('_', '-')}: it was "
-                             f"{before.get(changed[0])!r}, now {settings[changed[0]]!r}; repeat "
-                             "the settings or use another --out")
-        for half_written in folder.glob(".*.tmp"):  # by a process that was killed
-            half_written.unlink()
-    elif used and args.overwrite:
-        shutil.rmtree(folder)
-    elif used and not args.resume:
-        raise ValueError(f"{folder} is in use: go on with --resume, replace it with --overwrite, "
-                         f"or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "args.json", settings)
-    wait_for_all()
+    before = read_json(folder / "args.json", "delete the folder to start again")
+    for what, content in settings["made_from"].items():
+        if before.get("made_from", {}).get(what) != content:
+            raise ValueError(f"--resume in {folder}, but the {what} changed since: start again "
+                             f"with --overwrite")
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise ValueError(f"--resume in {folder} with another --{key.replace('_', '-')}: it "
+                             f"was {before.get(key)!r}, now {value!r}; repeat the settings or use "
+                             "another --out")
 
 
 # -------------------------------------------------------------------------------------------------

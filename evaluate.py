@@ -438,32 +438,51 @@ def seed_cell(runs, column):
     return f"{spread([row['fixed'] for row in rows])} ({best:.1f})"
 
 
-def study_columns(runs, reference):
-    """column -> cell of a row: its runs, and those that they are paired with, by seed."""
-    cells = {"seeds": str(len(runs))}
-    if all("map" in run for run in runs):
-        cells["class mAP"] = spread([run["map"] for run in runs])
+SEED_COLUMNS = ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers")
+
+
+def numbers(run):
+    """column -> percent, of one run's record; seeds at the fixed threshold."""
+    found = {}
+    if "map" in run:
+        found["class mAP"] = run["map"]
+    if "table" in run:
+        found.update({column: run["table"][column]["fixed"] for column in SEED_COLUMNS})
+    if "pseudo" in run:
+        found.update({"labelled pixels": run["pseudo"]["labelled"],
+                      "all pixels": run["pseudo"]["all"], "undecided": run["pseudo"]["undecided"]})
+    if "pred" in run:
+        found["DeepLab, val"] = run["pred"]["miou"]
+    return found
+
+
+def study_cells(runs):
+    """column -> cell of one row: mean and spread over its runs."""
+    cells, each = {"seeds": str(len(runs))}, [numbers(run) for run in runs]
+    for column in each[0]:
+        if all(column in found for found in each):
+            seeds = column in SEED_COLUMNS
+            cells[column] = seed_cell(runs, column) if seeds else spread([f[column] for f in each])
     if all("table" in run for run in runs):
-        for column in SEED_COLUMNS:
-            cells[column] = seed_cell(runs, column)
         correlations = [rank_correlation(run["table"], run["measures"], "fixed") for run in runs]
         cells["entropy ~ mIoU"] = spread(correlations, "+.2f")
-        before = {run["seed"]: run["table"]["all layers"]["fixed"] for run in reference}
-        gains = [run["table"]["all layers"]["fixed"] - before[run["seed"]]
-                 for run in runs if run["seed"] in before and run not in reference]
-        if gains:
-            cells["gain, paired"] = f"{np.mean(gains):+.1f}"
-        if len(gains) > 1:
-            cells["gain, paired"] += f" ± {np.std(gains, ddof=1) / math.sqrt(len(gains)):.1f}"
-    for column, what, key in (
-            ("labelled pixels", "pseudo", "labelled"), ("all pixels", "pseudo", "all"),
-            ("undecided", "pseudo", "undecided"), ("DeepLab, val", "pred", "miou")):
-        if all(what in run for run in runs):
-            cells[column] = spread([run[what][key] for run in runs])
     return cells
 
 
-SEED_COLUMNS = ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers")
+def paired_cells(runs, reference):
+    """column -> mean difference, run by run, from the reference of the same seed ± its error."""
+    before = {run["seed"]: numbers(run) for run in reference}
+    pairs = [(numbers(run), before[run["seed"]]) for run in runs if run["seed"] in before]
+    cells = {}
+    for column in pairs[0][0] if pairs else ():
+        gains = [after[column] - base[column] for after, base in pairs if column in base]
+        if gains:
+            cells[column] = f"{np.mean(gains):+.1f}"
+        if len(gains) > 1:
+            cells[column] += f" ± {np.std(gains, ddof=1) / math.sqrt(len(gains)):.1f}"
+    return cells
+
+
 SETTINGS = ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augment", "precision",
             "reactivation", "entropy", "coupling", "deep_from", "affinity_weight", "labels")
 
@@ -493,9 +512,9 @@ def gather(folder, path):
 def print_study(path):
     """A table a question, a line a row: mean ± standard deviation over seeds, in percent.
 
-    Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels).
-    "entropy ~ mIoU": rank_correlation. "gain, paired": of all layers over the row
-    "none", seed by seed, ± standard error.
+    Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels);
+    "entropy ~ mIoU": rank_correlation. Then the rows' differences from the row "none", seed by
+    seed, ± standard error.
     """
     records = data.read_json(path, "make it with  results/toy.sh  or  results/voc.sh")
     questions = {}
@@ -503,13 +522,20 @@ def print_study(path):
         question, _, row = record["row"].partition("/")
         questions.setdefault(question, {}).setdefault(row, []).append(record)
     for question, rows in questions.items():
-        reference = rows.get("none", [])
         ordered = sorted(rows, key=lambda row: (row != "none", row))
-        cells = {row: study_columns(rows[row], reference) for row in ordered}
-        header = list(dict.fromkeys(column for row in cells.values() for column in row))
         print(f"\n**{question}**\n")
-        table = [[row, *(own.get(column, "") for column in header)] for row, own in cells.items()]
-        print_table([question, *header], table)
+        print_cells(question, {row: study_cells(rows[row]) for row in ordered})
+        if "none" in rows and len(rows) > 1:
+            print(f"\n{question}: difference from `none`, paired by seed\n")
+            others = ordered[1:]
+            print_cells(question, {row: paired_cells(rows[row], rows["none"]) for row in others})
+
+
+def print_cells(question, cells):
+    """cells: row -> column -> cell, as a table."""
+    header = list(dict.fromkeys(column for row in cells.values() for column in row))
+    table = [[row, *(own.get(column, "") for column in header)] for row, own in cells.items()]
+    print_table([question, *header], table)
 
 
 # -------------------------------------------------------------------------------------------------

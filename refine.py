@@ -242,7 +242,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     normalised per class.
     """
     H, W = pixels.shape[-2:]
-    quarter = (-(-H // 4), -(-W // 4))
+    quarter = (-(-H // 4), -(-W // 4))  # of the image: four times a patch's resolution is plenty
     total = {name: 0 for name in variants}
     images = data.normalise(pixels[None])
     class_ids = torch.as_tensor(class_ids).to(pixels.device, non_blocking=True)

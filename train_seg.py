@@ -265,7 +265,10 @@ def train_one_epoch(net, optimizer, loader, args, epoch, device):
 
 @torch.no_grad()
 def predict(net, pixels, scales, multiple=1, precision="float32"):
-    """The likeliest class over scales and mirror images: (3, H, W) uint8 -> (H, W) uint8."""
+    """The likeliest class over scales and mirror images: (3, H, W) uint8 -> (H, W) uint8.
+
+    multiple: sides are padded to multiples of it, a ViT's patch size.
+    """
     H, W = pixels.shape[-2:]
     images, total = data.normalise(pixels[None]), 0
     for scale in scales:
