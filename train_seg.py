@@ -4,7 +4,7 @@ Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; or, trai
 Writes <out>/seg/{args.json, log.jsonl, last.pt} and <out>/pred/<split>/<image>.png; of photographs
        <out>/photos/<name>.png (the mask) and .overlay.jpg (the mask over the photograph).
 Run    python train_seg.py --data VOC2012                   (after refine.py)
-Expect on one CPU core, deeplabv3_vit of DeiT-Tiny, 224 px, bfloat16: EXPECT images/s.
+Expect on one CPU core, deeplabv3_vit of DeiT-Tiny, 224 px, bfloat16: 13 images/s.
 """
 import shutil
 import time
