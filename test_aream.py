@@ -2684,12 +2684,12 @@ def speed_table(folder):
     table_row("DeiT-Tiny, 224 px, batch 16", "naive, float32", "float32", fast, "gain", "target")
     table_row(*["---"] * 6)
     plain = speed_of_steps(fast)
+    theirs, ours = alone("torchvision")[0], alone("same size")[0]
     with torch.no_grad():
         speed_of_par()
         speed_of_inference(fast)
         dataset = write_photographs(folder)
         speed_of_the_sweep(dataset, folder)
-        theirs, ours = alone("torchvision")[0], alone("same size")[0]
         table_row("plain step, against torchvision's ViT (197 tokens)", f"{theirs:.2f} s",
                   f"{ours:.2f} s", "", f"{theirs / ours:.1f}x", "")
         speed_of_loading(dataset, f"a plain step uses {16 / plain[0]:.0f}, in {fast} "
