@@ -875,6 +875,12 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def remove_half_written(folder):
+    """What replacing() left when its process was killed."""
+    for temporary in Path(folder).glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def write_picture(path, image):
     """A PIL image as PNG or JPEG, by the path's suffix."""
     with replacing(path) as temporary:
@@ -1011,17 +1017,20 @@ def write_checkpoint(path, checkpoint):
         os.fsync(file.fileno())  # on the disk before it takes the old one's place
 
 
-def read_checkpoint(path, stage, dataset=None, options="--data VOC2012"):
+def read_checkpoint(path, stage, dataset=None, options=None):
     """A checkpoint of stage ("cls" or "seg"), on the CPU.
 
     dataset: whose name and classes it must have; options: data_flags of the command line, for
-    messages. Raises FileNotFoundError with the command that makes it; ValueError if unreadable or
-    of something else.
+    the command that makes it, where the data are known. Raises FileNotFoundError with the remedy;
+    ValueError if unreadable or of something else.
     """
     command = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage]
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: make it with  python {command} {options} "
-                                f"--out {quoted(Path(path).parent.parent)}")
+        remedy = f"give the --out of a run that {command} has trained"
+        if options:
+            remedy = f"make it with  python {command} {options} --out "
+            remedy += quoted(Path(path).parent.parent)
+        raise FileNotFoundError(f"no checkpoint {path}: {remedy}")
     with reading(path, f"it must be a checkpoint that {command} wrote"):
         if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
             raise ValueError(f"it wants to run code ({code[0]}), which is refused: load it where "
@@ -1063,8 +1072,7 @@ def prepare_folder(folder, args, dataset, **made_from):
     used = folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir())
     if used and args.resume:
         need_same_settings(folder, settings)
-        for half_written in folder.glob(".*.tmp"):  # by a process that was killed
-            half_written.unlink()
+        remove_half_written(folder)
     elif used and args.overwrite:
         shutil.rmtree(folder)
     elif used:
@@ -1191,8 +1199,8 @@ def run(main):
 def was_raised_here(lines):
     """Whether a traceback ends at a raise of this project, be it in a loader's worker."""
     last = max(i for i, line in enumerate(lines) if line.startswith('  File "'))
-    here = f'  File "{Path(__file__).parent}'
-    return lines[last].startswith(here) and lines[last + 1].strip().startswith("raise")
+    file = Path(lines[last].split('"')[1])  # not in .venv, which may lie in the same folder
+    return file.parent == Path(__file__).parent and lines[last + 1].strip().startswith("raise")
 
 
 # -------------------------------------------------------------------------------------------------

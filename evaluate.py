@@ -586,7 +586,7 @@ def score_pseudo_masks(dataset, args, device):
 def score_predictions(dataset, args, device):
     folder = args.out / "pred" / args.split
     need_outputs(args, dataset, folder, ".png", args.out / "seg" / "args.json",
-               f"train_seg.py --predict-only --predict-split {args.split}")
+                 f"train_seg.py --predict-only --predict-split {args.split}")
     confusion, _, each = evaluate_masks(dataset, folder)
     result = scores(confusion)
     print(f"{heading(args, dataset)}: mIoU {100 * result['miou']:.1f}")
@@ -627,7 +627,7 @@ def pack_submission(dataset, args, device):
     """A split's predictions as VOC's server wants them: ids, sizes and values checked."""
     folder, C = args.out / "pred" / args.split, len(dataset.classes)
     need_outputs(args, dataset, folder, ".png", args.out / "seg" / "args.json",
-               f"train_seg.py --predict-only --predict-split {args.split}")
+                 f"train_seg.py --predict-only --predict-split {args.split}")
     if args.data != "VOC2012" or args.limit:
         raise ValueError("--what submission packs a whole split of VOC2012: no other data, no "
                          "--limit")

@@ -284,7 +284,7 @@ def shrink_for(model, pixels, max_side=None):
     return data.shrink(pixels, max_side or MOST_PATCHES * model.patch)
 
 
-def load_classifier(path, dataset, device, options=""):
+def load_classifier(path, dataset, device, options=None):
     """The stage-1 model in eval mode, and its config; dataset: what it was trained on."""
     checkpoint = data.read_checkpoint(path, "cls", dataset, options)
     config = checkpoint["config"]
@@ -414,11 +414,7 @@ def believed_classes(model, pixels, size, precision):
 
 def refine_photos(args, device):
     """CAM and pseudo-mask of any photographs; needs the classifier alone."""
-    classifier = args.out / "cls" / "last.pt"
-    if not classifier.is_file():
-        raise FileNotFoundError(f"no checkpoint {classifier}: give the --out of a run that "
-                                f"train_cls.py has trained")
-    model, config = load_classifier(classifier, None, device)
+    model, config = load_classifier(args.out / "cls" / "last.pt", None, device)
     classes = config["classes"]
     given = [name.strip() for name in (args.labels or "").split(",") if name.strip()]
     if unknown := [name for name in given if name not in classes]:

@@ -298,8 +298,7 @@ def predict_split(net, dataset, scales, args, device):
     """Predict what is not there yet; of several processes each takes its share."""
     net.eval()
     folder, begin = args.out / "pred" / dataset.split, time.time()
-    for half_written in folder.glob(".*.tmp"):  # by a process that was killed
-        half_written.unlink(missing_ok=True)
+    data.remove_half_written(folder)
     data.wait_for_all()
     share = dataset.ids[data.rank()::data.world()]
     todo = [name for name in share if not (folder / f"{name}.png").is_file()]
@@ -442,11 +441,7 @@ def main(argv=None):
 
 def load_trained(args, dataset, device):
     """The DeepLab of <out>/seg in eval mode, and its config; dataset: what it was trained on."""
-    path = args.out / "seg" / "last.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: give the --out of a run that train_seg.py "
-                                f"has trained")
-    checkpoint = data.read_checkpoint(path, "seg", dataset)
+    checkpoint = data.read_checkpoint(args.out / "seg" / "last.pt", "seg", dataset)
     config = checkpoint["config"]
     net = build(config["arch"], len(config["classes"]), config["classifier"])
     net.load_state_dict(checkpoint["model"])
