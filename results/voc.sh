@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study on VOC:  VOC_ROOT=<holds VOCdevkit> [DEIT_TINY=<file>] [SEEDS="0 1 2"] bash results/voc.sh
-# DeiT-Tiny, 224 px, batch 16, on `train`. One core takes 35 minutes for a run of 30 epochs, 45 with the loss in 20 of them.
+# DeiT-Tiny, 224 px, batch 16, on `train`. One core takes 35 to 45 minutes for a row of 30 epochs.
 # Writes results/voc.json; runs go to runs/study-voc.
 OUT=runs/study-voc
 SEEDS=${SEEDS:-0 1 2}
