@@ -11,7 +11,7 @@ row() {
     out=$OUT/$name/$seed
     if [ ! -f "$out/layers.json" ]; then
       "$PYTHON" train_cls.py "${DATA[@]}" "${@//%SEED%/$seed}" --seed "$seed" --out "$out" --resume
-      "$PYTHON" evaluate.py "${DATA[@]}" "${SCORE[@]}" --what layers --out "$out"
+      "$PYTHON" evaluate.py "${DATA[@]}" "${SCORE[@]}" --split train --what layers --out "$out"
     fi
   done
 }
@@ -33,7 +33,7 @@ score() {
     out=$OUT/$name/$seed
     if [ ! -f "$out/layers.json" ]; then
       copy "$name" "$of" "$seed"
-      "$PYTHON" evaluate.py "${DATA[@]}" "${SCORE[@]}" --what layers --out "$out" "$@"
+      "$PYTHON" evaluate.py "${DATA[@]}" "${SCORE[@]}" --split train --what layers --out "$out" "$@"
     fi
   done
 }
@@ -46,7 +46,7 @@ masks() {
     if ! grep -qs '"pseudo"' "$out/results.json"; then
       copy "$name" "$of" "$seed"
       "$PYTHON" refine.py "${DATA[@]}" "${MASKS[@]}" --out "$out" --resume "$@"
-      "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --what pseudo --out "$out"
+      "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split train --what pseudo --out "$out"
     fi
   done
 }

@@ -49,4 +49,11 @@ row precision/bfloat16 "${SHORT[@]}" --precision bfloat16
 masks precision-masks/float32  schedule/none --precision float32
 masks precision-masks/bfloat16 schedule/none --precision bfloat16
 
+# More images: the whole of trainaug (two and a half hours a row), then all masks and two DeepLabs
+DATA=(--data VOC2012 --data-root "${VOC_ROOT:-data}" --split trainaug)
+MASKS=(--split trainaug)
+WARM=(--branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt")
+row trainaug/none          "${THIRTY[@]}" --lr 1e-4 --reactivation none
+row trainaug/uniform-split "${THIRTY[@]}" --lr 1e-4 "${WARM[@]}" --reactivation uniform --coupling split --labels shared
+
 "$PYTHON" evaluate.py --what study --out $OUT --records results/voc.json
