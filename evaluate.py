@@ -198,8 +198,8 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         def observe(output):
             measured.append(measure_layers(output, labels))
 
-        cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta,
-                                args.steps, observe, args.precision)
+        cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows,
+                                args.beta, args.steps, observe, args.precision)
 
         values = data.mask_value(torch.tensor(class_ids))
         stacked = torch.stack(list(cams.values())).cpu()  # (variants, K, h, w)
@@ -284,8 +284,8 @@ def draw_pipeline(path, dataset, names, args, device):
         for run, model in models.items():
             shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
             variants = {"raw": (), "refined": tuple(range(len(model.blocks)))}
-            cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta,
-                                    args.steps, precision=args.precision)
+            cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows,
+                                    args.beta, args.steps, precision=args.precision)
             row.setdefault("raw CAM", heat(photo, cams["raw"].amax(0)))  # of the first run
             row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
         pseudo = args.out / "pseudo" / f"{name}.png"
@@ -469,6 +469,16 @@ def study_cells(runs):
     return cells
 
 
+def layer_cells(runs):
+    """layer -> cell of one row: mean mIoU of the seed refined by that layer alone, its entropy."""
+    cells = {}
+    for l in range(len(runs[0]["measures"]["entropy"])):
+        miou = np.mean([run["table"][f"layer {l}"]["fixed"] for run in runs])
+        entropy = np.mean([run["measures"]["entropy"][l] for run in runs])
+        cells[f"layer {l}"] = f"{miou:.1f} ({entropy:.2f})"
+    return cells
+
+
 def paired_cells(runs, reference):
     """column -> mean difference, run by run, from the reference of the same seed ± its error."""
     before = {run["seed"]: numbers(run) for run in reference}
@@ -510,11 +520,11 @@ def gather(folder, path):
 
 
 def print_study(path):
-    """A table a question, a line a row: mean ± standard deviation over seeds, in percent.
+    """Tables of each question, a line a row: mean ± standard deviation over seeds, in percent.
 
     Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels);
-    "entropy ~ mIoU": rank_correlation. Then the rows' differences from the row "none", seed by
-    seed, ± standard error.
+    "entropy ~ mIoU": rank_correlation. Then each layer's part, and the rows' differences from the
+    row "none", seed by seed, ± standard error.
     """
     records = data.read_json(path, "make it with  results/toy.sh  or  results/voc.sh")
     questions = {}
@@ -525,6 +535,9 @@ def print_study(path):
         ordered = sorted(rows, key=lambda row: (row != "none", row))
         print(f"\n**{question}**\n")
         print_cells(question, {row: study_cells(rows[row]) for row in ordered})
+        if all("table" in run for runs in rows.values() for run in runs):
+            print(f"\n{question}: refined by one layer alone (entropy in bits)\n")
+            print_cells(question, {row: layer_cells(rows[row]) for row in ordered})
         if "none" in rows and len(rows) > 1:
             print(f"\n{question}: difference from `none`, paired by seed\n")
             others = ordered[1:]
@@ -604,8 +617,8 @@ def score_layers(dataset, args, device):
     print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
     print_layers(table, measures, deep_from)
 
-    record = {"scales": args.scales, "beta": args.beta, "steps": args.steps, "table": table,
-              "measures": measures}
+    record = {"scales": args.scales, "rows": args.rows, "beta": args.beta, "steps": args.steps,
+              "table": table, "measures": measures}
     records = {"/".join(args.out.resolve().parts[-2:]): record}
     if args.before:
         path = args.before / "layers.json"

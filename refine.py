@@ -128,21 +128,23 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
 # -------------------------------------------------------------------------------------------------
 # Random walk
 # -------------------------------------------------------------------------------------------------
+def normalise_rows(affinity):
+    """(..., P, P) >= 0 -> the same with rows that sum to 1."""
+    return affinity / affinity.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
 def random_walk(score, affinity, beta=1.0, steps=1):
     """Spread a score along an affinity: T^steps score with T the row-normalised affinity^beta.
 
-    One step with beta 1 is the plain propagation of the paper, aream.propagate: its rows are not
-    normalised (class tokens take a part of each patch's attention, so the rows of a patch block
-    sum to less than 1). score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw)
-    float32.
+    One step with beta 1 is the plain propagation of the paper, aream.propagate, with the rows as
+    they are. score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
     """
     if steps < 0 or beta <= 0:
         raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
     score, affinity = score.float(), affinity.float()
     if steps == 1 and beta == 1:
         return aream.propagate(affinity, score)
-    transition = affinity**beta
-    transition = transition / transition.sum(-1, keepdim=True).clamp_min(1e-12)
+    transition = normalise_rows(affinity**beta)
     for _ in range(steps):
         score = aream.propagate(transition, score)
     return score
@@ -228,8 +230,8 @@ def parse_layers(text, depth):
 
 
 @torch.no_grad()
-def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps=1, observe=None,
-              precision="float32"):
+def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", beta=1.0, steps=1,
+              observe=None, precision="float32"):
     """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean
@@ -237,9 +239,10 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
     tokens' attention; "entropy": all layers, each with the re-activation weight 1 - e that it has
     in this view of the image). Every scale is seen with its mirror image, padded to whole patches
     and cropped; the maps of all scales are added as they are, so that small scales, where
-    attention is shared by fewer patches, count more. observe: called with the ViTOutput (B = 2) of
-    the scale nearest to 1. Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max
-    normalised per class.
+    attention is shared by fewer patches, count more. rows: of each layer's affinity between
+    patches, "plain" or "normalised" to a sum of 1; plain rows sum to less, as patches draw from
+    class tokens too. observe: called with the ViTOutput (B = 2) of the scale nearest to 1. Returns
+    name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
     quarter = (-(-H // 4), -(-W // 4))  # of the image: four times a patch's resolution is plenty
@@ -256,6 +259,8 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
         plain = output.cam[:, class_ids]  # (2, K, gh, gw)
         attended = aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
         blocks = [aream.patch_block(a, plain[0, 0].numel()) for a in output.affinity]
+        if rows == "normalised":
+            blocks = [normalise_rows(block) for block in blocks]
         present = torch.ones_like(plain[..., 0, 0])  # (2, K)
 
         for name, layers in variants.items():
@@ -264,7 +269,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), beta=1.0, steps
             elif not layers:
                 cam = attended
             elif layers == "entropy":
-                entropy = aream.layer_entropy(plain, blocks, present)
+                entropy = aream.layer_entropy(plain, output.affinity, present)
                 w_layers, _ = aream.reactivation_weights(entropy)
                 # not divided by the number of layers, as min-max removes it
                 weighted = sum(w[:, None, None] * block for w, block in zip(w_layers.T, blocks))
@@ -301,6 +306,9 @@ def refining_arguments(parser):
     add = parser.add_argument_group("CAM and random walk").add_argument
     add("--scales", type=float, nargs="+", default=[1.0],
         help="of the image, each with its mirror image (default 1, the release's)")
+    add("--rows", choices=("plain", "normalised"), default="plain",
+        help="of each layer's affinity between patches: as they are (default, the release's), or "
+             "normalised, so that what patches draw from class tokens does not count")
     add("--beta", type=float, default=1.0, help="random walk: power of the affinity (default 1)")
     add("--steps", type=int, default=1,
         help="random walk: number of steps (default 1, the paper's plain propagation)")
@@ -349,8 +357,8 @@ def refine_image(model, pixels, class_ids, args):
     shrunk = shrink_for(model, pixels, args.max_side)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     with record_function("CAM"):
-        cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.beta, args.steps,
-                        precision=args.precision)["seed"]
+        cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows, args.beta,
+                        args.steps, precision=args.precision)["seed"]
     with record_function("PAR"):
         mask = pseudo_mask(shrunk, class_ids, cam, args.low, args.high, args.par_iterations)
     return cam, data.enlarge(mask, pixels.shape[-2:])

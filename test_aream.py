@@ -605,6 +605,26 @@ def test_seed_cams_weighted_by_entropy():
     assert not torch.equal(weighted["s"], weighted["all"])
 
 
+def test_rows_without_what_patches_draw_from_class_tokens():
+    """By hand: every layer's patch block divided by the sums of its rows."""
+    model, seen = vit.build("toy", 3).eval(), []
+    torch.nn.init.normal_(model.head.weight)
+    square = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    variants = {"s": tuple(range(6))}
+    got = refine.seed_cams(model, square, [1], variants, rows="normalised", observe=seen.append)
+    output, both = seen[0], 0
+    attended = aream.class_attended_cam(output.cam, output.affinity)[:, 1].flatten(1)
+    for view in (0, 1):
+        blocks = [a[view, 3:, 3:] for a in output.affinity]
+        mean = sum(b / b.sum(1, keepdim=True) for b in blocks) / 6
+        assert_close(mean.sum(1), torch.ones(64))
+        refined = data.bilinear((mean @ attended[view]).view(1, 1, 8, 8), (64, 64))
+        both = both + (refined.flip(-1) if view else refined)
+    expected = aream.normalise_cam(data.bilinear(both, (16, 16)), torch.ones(1, 1))[0]
+    assert_close(got["s"], expected, atol=1e-4, rtol=1e-3)
+    assert not torch.equal(got["s"], refine.seed_cams(model, square, [1], variants)["s"])
+
+
 def test_layers_are_observed_at_scale_1():
     model, seen = vit.build("toy", 3).eval(), []
     square = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
@@ -1138,6 +1158,9 @@ def test_study_gathers_runs_and_prints_their_tables(finished, tmp_path, capsys):
     none, uniform = ([records[f"reactivation/{row}", number] for number in "01"]
                      for row in ("none", "uniform"))
     assert f"| none | 2 | {np.mean([run['map'] for run in none]):.1f} ± " in printed
+    alone = np.mean([run["table"]["layer 0"]["fixed"] for run in none])
+    entropy = np.mean([run["measures"]["entropy"][0] for run in none])
+    assert f"| none | {alone:.1f} ({entropy:.2f}) |" in printed
     none, uniform = ([run["table"]["all layers"]["fixed"] for run in runs]
                      for runs in (none, uniform))
     assert f"| {np.mean(none):.1f} ± {np.std(none, ddof=1):.1f} (" in printed

@@ -32,10 +32,13 @@ row depth/6  "${RELEASE[@]}" --lr 3e-4 --epochs 10 --reactivation none --depth 6
 row depth/8  "${RELEASE[@]}" --lr 3e-4 --epochs 10 --reactivation none --depth 8
 row depth/10 "${RELEASE[@]}" --lr 3e-4 --epochs 10 --reactivation none --depth 10
 
-# How is the seed refined best? (beta 1.000001: one step, rows normalised)
+# Do patches' draws from class tokens spoil the refinement? (rows of patch blocks normalised)
+score rows/none          schedule/none          --rows normalised
+score rows/uniform-split schedule/uniform-split --rows normalised
+
+# How else is the seed refined?
 score walk/2-steps      schedule/none --steps 2
 score walk/squared      schedule/none --beta 2
-score walk/normalised   schedule/none --beta 1.000001
 score walk/three-scales schedule/none --scales 0.5 1 1.5
 
 # Which crops? (10 epochs, the plain classifier)
