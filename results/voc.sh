@@ -10,27 +10,35 @@ MASKS=(--limit 500)
 source "$(dirname "$0")/common.sh"
 TINY=(--preset deit_tiny --pretrained "${DEIT_TINY:-auto}" --batch 16)
 RELEASE=("${TINY[@]}" --augment release)
-THIRTY=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10)
-WARM=(--branch-from "$OUT/schedule/none/%SEED%/cls/warmup.pt")
+PLAIN=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4 --reactivation none)
+AREAM=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4 --labels shared
+       --branch-from "$OUT/schedule/none/%SEED%/cls/warmup.pt")
 
 # Which learning rate? (30 epochs, the plain classifier; 1e-4 is schedule/none)
-SEEDS=2 row rate/3e-4 "${THIRTY[@]}" --lr 3e-4 --reactivation none
+SEEDS=2 row rate/3e-4 "${PLAIN[@]}" --lr 3e-4
 
 # 30 epochs, the last 20 with the loss, all from the same warm-up
-row schedule/none          "${THIRTY[@]}" --lr 1e-4 --reactivation none
-row schedule/uniform-split "${THIRTY[@]}" --lr 1e-4 "${WARM[@]}" --reactivation uniform --coupling split --labels shared
-row schedule/entropy-split "${THIRTY[@]}" --lr 1e-4 "${WARM[@]}" --entropy static --coupling split --labels shared
-row schedule/entropy-all   "${THIRTY[@]}" --lr 1e-4 "${WARM[@]}" --labels shared
+row schedule/none          "${PLAIN[@]}"
+row schedule/uniform-split "${AREAM[@]}" --reactivation uniform --coupling split
+row schedule/entropy-split "${AREAM[@]}" --entropy static --coupling split
+row schedule/entropy-all   "${AREAM[@]}"
 
 # Does it reach masks and segmentation?
 VIT=(--arch deeplabv3_vit --size 224 --epochs 5 --scales 1)
 deeplab deeplab/none          schedule/none          "${VIT[@]}"
 deeplab deeplab/uniform-split schedule/uniform-split "${VIT[@]}"
+masks   deeplab/rows-normalised schedule/uniform-split --rows normalised
+deeplab deeplab/rows-normalised schedule/uniform-split "${VIT[@]}"
 
-# Do deep layers over-smooth at other depths? (Figure 1)
-row depth/6  "${RELEASE[@]}" --lr 3e-4 --epochs 10 --reactivation none --depth 6
-row depth/8  "${RELEASE[@]}" --lr 3e-4 --epochs 10 --reactivation none --depth 8
-row depth/10 "${RELEASE[@]}" --lr 3e-4 --epochs 10 --reactivation none --depth 10
+# Do deep layers over-smooth at other depths? (Figure 1; 12 is schedule/none)
+row depth/6  "${PLAIN[@]}" --depth 6
+row depth/8  "${PLAIN[@]}" --depth 8
+row depth/10 "${PLAIN[@]}" --depth 10
+
+# How much loss? (0.1 is schedule; 0.3 over all 12 layers gives a deep one what 0.1 over the 5 deep ones does)
+row weight/uniform-split-0.03 "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.03
+row weight/uniform-split-0.3  "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.3
+row weight/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
 
 # Do patches' draws from class tokens spoil the refinement? (rows of patch blocks normalised)
 score rows/none          schedule/none          --rows normalised
@@ -52,11 +60,15 @@ row precision/bfloat16 "${SHORT[@]}" --precision bfloat16
 masks precision-masks/float32  schedule/none --precision float32
 masks precision-masks/bfloat16 schedule/none --precision bfloat16
 
-# More images: the whole of trainaug (two and a half hours a row), then all masks and two DeepLabs
+# More images: all of trainaug (two and a half hours a row)
 DATA=(--data VOC2012 --data-root "${VOC_ROOT:-data}" --split trainaug)
 MASKS=(--split trainaug)
-WARM=(--branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt")
-row trainaug/none          "${THIRTY[@]}" --lr 1e-4 --reactivation none
-row trainaug/uniform-split "${THIRTY[@]}" --lr 1e-4 "${WARM[@]}" --reactivation uniform --coupling split --labels shared
+row trainaug/none          "${PLAIN[@]}"
+row trainaug/uniform-split "${AREAM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt" --reactivation uniform --coupling split
+score trainaug-rows/none          trainaug/none          --rows normalised
+score trainaug-rows/uniform-split trainaug/uniform-split --rows normalised
+deeplab trainaug-deeplab/none         trainaug/none "${VIT[@]}"
+masks trainaug-deeplab/uniform-split trainaug/uniform-split --rows normalised
+deeplab trainaug-deeplab/uniform-split trainaug/uniform-split "${VIT[@]}"
 
 "$PYTHON" evaluate.py --what study --out $OUT --records results/voc.json
