@@ -30,7 +30,7 @@ import refine
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
 FIXED = 45  # index of the fixed threshold: the middle of the pseudo-labels' band, never tuned
 FIXED_THRESHOLD = FIXED / 100
-MEASURES = ("entropy", "distance", "top", "w_hat")  # of a layer
+MEASURES = ("entropy", "distance", "top", "tokens", "w_hat")  # of a layer
 
 
 # -------------------------------------------------------------------------------------------------
@@ -180,7 +180,8 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's
     Figure 1; "unrefined" is the patch map times the class tokens' attention), and measures: lists
     over the layers, means over the images (Figure 3): "entropy" in bits (aream.layer_entropy),
-    "distance" (aream.row_distance), "top" (aream.top_share), "w_hat" (aream.reactivation_weights).
+    "distance" (aream.row_distance), "top" (aream.top_share), "tokens" (the share of a patch's
+    attention that class tokens get), "w_hat" (aream.reactivation_weights).
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     every = (*shallow, *deep)
@@ -215,12 +216,14 @@ def evaluate_layers(dataset, model, deep_from, args, device):
 
 
 def measure_layers(output, labels):
-    """Entropy, row distance, top share, w_hat of each layer, first image -> (4, L), CPU."""
+    """The MEASURES of each layer, first image -> (5, L), CPU."""
     P = output.cam[0, 0].numel()
     blocks = torch.cat([aream.patch_block(a[:1], P) for a in output.affinity])  # (L, P, P)
     entropy = aream.layer_entropy(output.cam[:1], [b[None] for b in blocks], labels)[0]
     _, w_hat = aream.reactivation_weights(entropy)
-    return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks), w_hat]).cpu()
+    tokens = 1 - blocks.sum(-1).mean(-1)  # (L,)
+    return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks), tokens,
+                        w_hat]).cpu()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -407,14 +410,15 @@ def print_classes(dataset, result):
 
 def print_layers(table, measures, deep_from):
     print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  "
-          f"{'entropy':>7} {'distance':>8} {'top 5 %':>7}  {'w_hat':>5}")
+          f"{'entropy':>7} {'distance':>8} {'top 5 %':>7} {'tokens':>7}  {'w_hat':>5}")
     for name, row in table.items():
         best = f"{row['best']:7.1f}  {row['best_threshold']:<10.2f}"
         line = f"  {name:<16} {row['fixed']:7.1f} {best}"
         if name.startswith("layer "):
             l = int(name.removeprefix("layer "))
-            entropy, distance, top, w_hat = (measures[key][l] for key in MEASURES)
-            line += f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} %  {w_hat:5.2f}"
+            entropy, distance, top, tokens, w_hat = (measures[key][l] for key in MEASURES)
+            line += (f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} % {100 * tokens:5.1f} %  "
+                     f"{w_hat:5.2f}")
         print(line)
     w_hat = measures["w_hat"]
     fixed, best = (rank_correlation(table, measures, threshold) for threshold in ("fixed", "best"))

@@ -1024,7 +1024,7 @@ def test_layers_are_scored_and_drawn(finished):
     measures = record["measures"]
     assert all(len(measures[measure]) == 3 for measure in evaluate.MEASURES)
     assert max(measures["entropy"]) <= 6  # log2 of 64 patches
-    for measure in ("distance", "top", "w_hat"):
+    for measure in ("distance", "top", "tokens", "w_hat"):
         assert all(0 <= value <= 1 for value in measures[measure])
     assert (finished.out / "layers.png").is_file()
 
