@@ -43,6 +43,7 @@ row weight/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
 # Do patches' draws from class tokens spoil the refinement? (rows of patch blocks normalised)
 score rows/none          schedule/none          --rows normalised
 score rows/uniform-split schedule/uniform-split --rows normalised
+score rows/entropy-split schedule/entropy-split --rows normalised
 
 # How else is the seed refined?
 score walk/2-steps      schedule/none --steps 2
