@@ -1055,16 +1055,16 @@ def file_digest(path):
 
 # Flags that may differ when a run is resumed; and those that may name a file or a folder.
 FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "out", "data_root", "profile",
-                  "download", "predict_split", "predict_only"}
-PATHS = {"data", "classes", "masks", "branch_from", "pretrained"}
+                  "download", "predict_split", "predict_only", "branch_from"}
+PATHS = {"data", "classes", "masks", "pretrained"}
 
 
-def prepare_folder(folder, args, dataset, **made_from):
+def prepare_folder(folder, args, dataset, made_from):
     """Make a stage's folder and its args.json.
 
-    A folder in use needs --resume (same settings, same images and labels, made from the same
-    files: made_from, name -> path; else ValueError) or --overwrite (its files are deleted). Of
-    several processes one does it and the others wait.
+    made_from: what -> path of a file. A folder in use needs --resume (same settings, same content
+    of images, labels and those files, wherever they lie; else ValueError) or --overwrite (its
+    files are deleted). Of several processes one does it and the others wait.
     """
     if rank():
         return wait_for_all()
@@ -1094,7 +1094,7 @@ def stage_settings(args, dataset, made_from):
     settings["class_names"] = list(dataset.classes)
     settings["made_from"] = {"images and labels": dataset.fingerprint()}
     for what, path in made_from.items():
-        settings["made_from"][what.replace("_", "-")] = file_digest(path)
+        settings["made_from"][what] = file_digest(path)
     return settings
 
 
@@ -1104,8 +1104,9 @@ def need_same_settings(folder, settings):
         raise ValueError(f"--resume in {folder}, which has no args.json: replace it with "
                          "--overwrite, or choose another --out")
     before = read_json(folder / "args.json", "delete the folder to start again")
-    for what, content in settings["made_from"].items():
-        if before.get("made_from", {}).get(what) != content:
+    was, now = before.get("made_from", {}), settings["made_from"]
+    for what in {**was, **now}:
+        if was.get(what) != now.get(what):
             raise ValueError(f"--resume in {folder}, but the {what} changed since: start again "
                              f"with --overwrite")
     for key, value in settings.items():

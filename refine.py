@@ -379,7 +379,7 @@ def main(argv=None):
         return profile(model, dataset, args, device)
     cams, masks = args.out / "cam", args.out / "pseudo"
     for folder in (cams, masks):
-        data.prepare_folder(folder, args, dataset, classifier=classifier)
+        data.prepare_folder(folder, args, dataset, {"classifier": classifier})
 
     # every image that is not there yet; of several processes each takes its share
     def done(name):

@@ -2275,6 +2275,11 @@ def test_training_resumes_and_branches_to_the_same_bits(tmp_path, flags):
     warm = tmp_path / "whole" / "cls" / "warmup.pt"
     branched = train(tmp_path / "branch", f"{flags} --branch-from", warm)
     assert equal(whole, resumed) and equal(whole, branched)
+    elsewhere = shutil.copy(warm, tmp_path / "moved.pt")
+    train(tmp_path / "branch", f"{flags} --resume --branch-from", elsewhere)
+    for other in ("", f" --branch-from {warm.with_name('last.pt')}"):
+        with refused("--resume in .*branch.cls, but the checkpoint to branch from changed since"):
+            train(tmp_path / "branch", f"{flags} --resume{other}")
     if whole["entropy"] is not None:
         assert torch.equal(whole["entropy"], resumed["entropy"])
 

@@ -395,7 +395,8 @@ def main(argv=None):
     first, entropy = restore(model, optimizer, args, dataset, folder)
     if args.profile:
         return profile(model, optimizer, loader, args, coupling, device)
-    data.prepare_folder(folder, args, dataset)
+    made_from = {"checkpoint to branch from": args.branch_from} if args.branch_from else {}
+    data.prepare_folder(folder, args, dataset, made_from)
     data.go_on(folder, first)
     plain_types = (int, float, str, type(None))
     config = {key: value for key, value in vars(args).items() if isinstance(value, plain_types)}

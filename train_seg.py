@@ -403,12 +403,12 @@ def main(argv=None):
     # folders
     made_from = {"classifier": path} if classifier else {}
     if (masks / "args.json").is_file():
-        made_from["pseudo_masks"] = masks / "args.json"
+        made_from["pseudo-masks"] = masks / "args.json"
     outdated = first == 0 and (args.out / "pred").is_dir()  # predictions of an earlier model
     if outdated and not args.overwrite:
         raise ValueError(f"{args.out / 'pred'} holds predictions, but {folder} no model that made "
                          "them: replace them with --overwrite, or choose another --out")
-    data.prepare_folder(folder, args, dataset, **made_from)
+    data.prepare_folder(folder, args, dataset, made_from)
     data.go_on(folder, first)
     if outdated and not data.rank():
         shutil.rmtree(args.out / "pred")
