@@ -197,7 +197,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
 
         def observe(output):
-            measured.append(measure_layers(output, labels))
+            measured.append(measure_layers(output, labels, args.rows))
 
         cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows,
                                 args.beta, args.steps, observe, args.precision)
@@ -215,13 +215,15 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     return {variant: summarise(c) for variant, c in counts.items()}, measures
 
 
-def measure_layers(output, labels):
-    """The MEASURES of each layer, first image -> (5, L), CPU."""
+def measure_layers(output, labels, rows):
+    """The MEASURES of each layer, with such rows, first image -> (5, L), CPU."""
     P = output.cam[0, 0].numel()
     blocks = torch.cat([aream.patch_block(a[:1], P) for a in output.affinity])  # (L, P, P)
+    tokens = 1 - blocks.sum(-1).mean(-1)  # (L,)
+    if rows == "normalised":
+        blocks = refine.normalise_rows(blocks)
     entropy = aream.layer_entropy(output.cam[:1], [b[None] for b in blocks], labels)[0]
     _, w_hat = aream.reactivation_weights(entropy)
-    tokens = 1 - blocks.sum(-1).mean(-1)  # (L,)
     return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks), tokens,
                         w_hat]).cpu()
 

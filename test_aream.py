@@ -1029,6 +1029,24 @@ def test_layers_are_scored_and_drawn(finished):
     assert (finished.out / "layers.png").is_file()
 
 
+def test_layers_are_measured_with_the_rows_that_refine():
+    """Normalised rows are measured as those of a classifier whose class tokens give nothing."""
+    affinity = torch.rand(3, 1, 18, 18)  # 2 class tokens, 16 patches
+    alone = affinity.clone()
+    alone[..., :2] = 0
+    affinity, alone = (a / a.sum(-1, keepdim=True) for a in (affinity, alone))
+    cam, labels = torch.rand(1, 2, 4, 4), torch.tensor([[1.0, 0]])
+    with_tokens, without = (vit.ViTOutput(None, None, cam, tuple(a)) for a in (affinity, alone))
+    got = evaluate.measure_layers(with_tokens, labels, "normalised")
+    expected = evaluate.measure_layers(without, labels, "plain")
+    tokens = evaluate.MEASURES.index("tokens")
+    assert_close(got[tokens], affinity[:, 0, 2:, :2].sum(-1).mean(-1))
+    assert_close(expected[tokens], torch.zeros(3))
+    others = [i for i in range(5) if i != tokens]
+    assert_close(got[others], expected[others])
+    assert not torch.equal(got[0], evaluate.measure_layers(with_tokens, labels, "plain")[0])
+
+
 def test_demo(own, capsys):
     own.evaluate("demo", "--before", own.plain)
     printed = capsys.readouterr().out
