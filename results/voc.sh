@@ -27,8 +27,9 @@ row schedule/entropy-all   "${AREAM[@]}"
 VIT=(--arch deeplabv3_vit --size 224 --epochs 5 --scales 1)
 deeplab deeplab/none          schedule/none          "${VIT[@]}"
 deeplab deeplab/uniform-split schedule/uniform-split "${VIT[@]}"
-masks   deeplab/rows-normalised schedule/uniform-split --rows normalised
-deeplab deeplab/rows-normalised schedule/uniform-split "${VIT[@]}"
+masks   deeplab/none-normalised          schedule/none          --rows normalised
+masks   deeplab/uniform-split-normalised schedule/uniform-split --rows normalised
+deeplab deeplab/uniform-split-normalised schedule/uniform-split "${VIT[@]}"
 
 # Do deep layers over-smooth at other depths? (Figure 1; 12 is schedule/none)
 row depth/6  "${PLAIN[@]}" --depth 6
@@ -68,8 +69,8 @@ row trainaug/none          "${PLAIN[@]}"
 row trainaug/uniform-split "${AREAM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt" --reactivation uniform --coupling split
 score trainaug-rows/none          trainaug/none          --rows normalised
 score trainaug-rows/uniform-split trainaug/uniform-split --rows normalised
-deeplab trainaug-deeplab/none         trainaug/none "${VIT[@]}"
-masks trainaug-deeplab/uniform-split trainaug/uniform-split --rows normalised
-deeplab trainaug-deeplab/uniform-split trainaug/uniform-split "${VIT[@]}"
+deeplab trainaug-deeplab/none                     trainaug/none          "${VIT[@]}"
+masks   trainaug-deeplab/uniform-split-normalised trainaug/uniform-split --rows normalised
+deeplab trainaug-deeplab/uniform-split-normalised trainaug/uniform-split "${VIT[@]}"
 
 "$PYTHON" evaluate.py --what study --out $OUT --records results/voc.json
