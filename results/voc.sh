@@ -41,6 +41,11 @@ row weight/uniform-split-0.03 "${AREAM[@]}" --reactivation uniform --coupling sp
 row weight/uniform-split-0.3  "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.3
 row weight/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
 
+# What the defaults do: colour jitter, all layers coupled, online entropy, two views
+DEFAULT=("${TINY[@]}" --epochs 30 --lr 1e-4)
+row defaults/none    "${DEFAULT[@]}" --reactivation none
+row defaults/entropy "${DEFAULT[@]}" --branch-from "$OUT/defaults/none/%SEED%/cls/warmup.pt"
+
 # Do patches' draws from class tokens spoil the refinement? (rows of patch blocks normalised)
 score rows/none          schedule/none          --rows normalised
 score rows/uniform-split schedule/uniform-split --rows normalised
