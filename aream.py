@@ -20,6 +20,12 @@ def patch_block(affinity, patches):
     return affinity[..., -patches:, -patches:]
 
 
+def normalise_rows(affinity):
+    """(..., P, P) >= 0 -> the same in float32, with rows that sum to 1."""
+    affinity = affinity.float()
+    return affinity / affinity.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
 def propagate(affinity, cam):
     """refined[m] = sum_n S[m, n] cam[n]: (B, P, P), (B, C, gh, gw) -> (B, C, gh, gw)."""
     return (cam.flatten(2) @ affinity.transpose(-2, -1)).unflatten(2, cam.shape[-2:])
@@ -175,7 +181,7 @@ def row_distance(affinity):
     0.
     """
     P = affinity.shape[-1]
-    root = (affinity.float() / affinity.float().sum(-1, keepdim=True).clamp_min(1e-12)).sqrt()
+    root = normalise_rows(affinity).sqrt()
     distance = (1 - root @ root.transpose(-2, -1)).clamp_min(0).sqrt()
     others = 1 - torch.eye(P, device=affinity.device)
     return (distance * others).sum((-2, -1)) / max(1, P * (P - 1))

@@ -221,7 +221,7 @@ def measure_layers(output, labels, rows):
     blocks = torch.cat([aream.patch_block(a[:1], P) for a in output.affinity])  # (L, P, P)
     tokens = 1 - blocks.sum(-1).mean(-1)  # (L,)
     if rows == "normalised":
-        blocks = refine.normalise_rows(blocks)
+        blocks = aream.normalise_rows(blocks)
     entropy = aream.layer_entropy(output.cam[:1], [b[None] for b in blocks], labels)[0]
     _, w_hat = aream.reactivation_weights(entropy)
     return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks), tokens,

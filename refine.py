@@ -128,11 +128,6 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
 # -------------------------------------------------------------------------------------------------
 # Random walk
 # -------------------------------------------------------------------------------------------------
-def normalise_rows(affinity):
-    """(..., P, P) >= 0 -> the same with rows that sum to 1."""
-    return affinity / affinity.sum(-1, keepdim=True).clamp_min(1e-12)
-
-
 def random_walk(score, affinity, beta=1.0, steps=1):
     """Spread a score along an affinity: T^steps score with T the row-normalised affinity^beta.
 
@@ -144,7 +139,7 @@ def random_walk(score, affinity, beta=1.0, steps=1):
     score, affinity = score.float(), affinity.float()
     if steps == 1 and beta == 1:
         return aream.propagate(affinity, score)
-    transition = normalise_rows(affinity**beta)
+    transition = aream.normalise_rows(affinity**beta)
     for _ in range(steps):
         score = aream.propagate(transition, score)
     return score
@@ -236,13 +231,13 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean
     affinity refines (empty: the class-attended CAM as it is; None: the patch map without the class
-    tokens' attention; "entropy": all layers, each with the re-activation weight 1 - e that it has
-    in this view of the image). Every scale is seen with its mirror image, padded to whole patches
-    and cropped; the maps of all scales are added as they are, so that small scales, where
-    attention is shared by fewer patches, count more. rows: of each layer's affinity between
-    patches, "plain" or "normalised" to a sum of 1; plain rows sum to less, as patches draw from
-    class tokens too. observe: called with the ViTOutput (B = 2) of the scale nearest to 1. Returns
-    name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
+    tokens' attention; "entropy": all layers, each with the re-activation weight 1 - e that its
+    plain rows have in this view of the image). Every scale is seen with its mirror image, padded
+    to whole patches and cropped; the maps of all scales are added as they are, so that small
+    scales, where attention is shared by fewer patches, count more. rows: of each layer's affinity
+    between patches, "plain" or "normalised" to a sum of 1; plain rows sum to less, as patches draw
+    from class tokens too. observe: called with the ViTOutput (B = 2) of the scale nearest to 1.
+    Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
     quarter = (-(-H // 4), -(-W // 4))  # of the image: four times a patch's resolution is plenty
@@ -260,7 +255,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
         attended = aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
         blocks = [aream.patch_block(a, plain[0, 0].numel()) for a in output.affinity]
         if rows == "normalised":
-            blocks = [normalise_rows(block) for block in blocks]
+            blocks = [aream.normalise_rows(block) for block in blocks]
         present = torch.ones_like(plain[..., 0, 0])  # (2, K)
 
         for name, layers in variants.items():

@@ -10,9 +10,9 @@ MASKS=(--limit 500)
 source "$(dirname "$0")/common.sh"
 TINY=(--preset deit_tiny --pretrained "${DEIT_TINY:-auto}" --batch 16)
 RELEASE=("${TINY[@]}" --augment release)
-PLAIN=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4 --reactivation none)
-AREAM=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4 --labels shared
-       --branch-from "$OUT/schedule/none/%SEED%/cls/warmup.pt")
+THIRTY=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4)
+PLAIN=("${THIRTY[@]}" --reactivation none)
+AREAM=("${THIRTY[@]}" --labels shared --branch-from "$OUT/schedule/none/%SEED%/cls/warmup.pt")
 
 # Which learning rate? (30 epochs, the plain classifier; 1e-4 is schedule/none)
 SEEDS=2 row rate/3e-4 "${PLAIN[@]}" --lr 3e-4
@@ -68,7 +68,7 @@ masks precision-masks/float32  schedule/none --precision float32
 masks precision-masks/bfloat16 schedule/none --precision bfloat16
 
 # More images: all of trainaug (two and a half hours a row)
-DATA=(--data VOC2012 --data-root "${VOC_ROOT:-data}" --split trainaug)
+DATA+=(--split trainaug)  # the last of several counts
 MASKS=(--split trainaug)
 row trainaug/none          "${PLAIN[@]}"
 row trainaug/uniform-split "${AREAM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt" --reactivation uniform --coupling split
