@@ -1268,6 +1268,11 @@ def start(args):
     return join(device)
 
 
+def device_name(device):
+    """"CPU", or the name of the CUDA card."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 def native_bfloat16(device):
     """Whether the device multiplies bfloat16 natively, so that it is the faster precision."""
     if device.type == "cuda":
@@ -1345,7 +1350,7 @@ def profile(step, steps, device, images=1, flops=None):
     print(f"  {'together':<12} {1e3 * seconds:9.1f} ms  {images / seconds:.1f} images/s  peak "
           f"memory {memory:.0f} MiB")
     if flops:
-        name = torch.cuda.get_device_name(device) if cuda else "CPU"
+        name = device_name(device)
         peak = next((p for key, p in PEAK_TFLOPS.items() if key in name), None)
         tera = flops / seconds / 1e12
         share = f", {100 * tera / peak:.1f} % of {peak}" if peak else ""

@@ -513,6 +513,7 @@ def gather(folder, path):
         for line in data.read_log(run / "cls"):
             if "val_class_mAP" in line:
                 record["map"] = line["val_class_mAP"]
+                record["device"] = line.get("device")
         if (run / "layers.json").is_file():
             record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
         for result in data.read_json(run / "results.json", "repeat the study"):

@@ -439,7 +439,8 @@ def main(argv=None):
         if val is None:
             print(f"no class mAP: {args.data} has no val list")
         else:
-            data.log_line(folder, {"val_class_mAP": validate(model, val, args, device)})
+            data.log_line(folder, {"val_class_mAP": validate(model, val, args, device),
+                                   "device": data.device_name(device)})
         print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on "
               f"{device}, {args.precision}")
     data.wait_for_all()

@@ -1,4 +1,4 @@
-# The four steps of a study; sourced by toy.sh and voc.sh. A row is a folder $OUT/<question>/<row>/<seed>; what is there is
+# The steps of a study; sourced by toy.sh and voc.sh. A row is a folder $OUT/<question>/<row>/<seed>; what is there is
 # skipped, so that an interrupted study goes on. SEEDS, OUT and the arrays DATA, SCORE, MASKS (flags) come from there.
 set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread rounds the same anywhere
@@ -51,15 +51,22 @@ masks() {
   done
 }
 
-# deeplab NAME OF [flags of train_seg.py]: and a DeepLab trained on them, scored on val
-deeplab() {
+# segment NAME OF [flags of train_seg.py]: a DeepLab trained on the masks of row OF, scored on val
+segment() {
   local name=$1 of=$2 seed out; shift 2
-  masks "$name" "$of"
   for seed in $SEEDS; do
     out=$OUT/$name/$seed
     if ! grep -qs '"pred"' "$out/results.json"; then
-      "$PYTHON" train_seg.py "${DATA[@]}" "${MASKS[@]}" --seed "$seed" --out "$out" --resume "$@"
+      copy "$name" "$of" "$seed"
+      "$PYTHON" train_seg.py "${DATA[@]}" "${MASKS[@]}" --masks "$OUT/$of/$seed/pseudo" --seed "$seed" --out "$out" --resume "$@"
       "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split val --what pred --out "$out"
     fi
   done
+}
+
+# deeplab NAME OF [flags of train_seg.py]: masks, and a DeepLab trained on them
+deeplab() {
+  local name=$1 of=$2; shift 2
+  masks "$name" "$of"
+  segment "$name" "$name" "$@"
 }

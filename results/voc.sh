@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The study on VOC:  VOC_ROOT=<holds VOCdevkit> [DEIT_TINY=<file>] [SEEDS="0 1 2"] bash results/voc.sh
+# The study on VOC:  VOC_ROOT=<holds VOCdevkit> [DEIT_TINY=<file>] [MOBILENET=<file>] [SEEDS="0 1 2"] bash results/voc.sh
 # DeiT-Tiny, 224 px, batch 16, on `train`. One core takes 35 to 45 minutes for a row of 30 epochs.
-# Writes results/voc.json; runs go to runs/study-voc.
+# Writes results/voc.json (or RECORDS); runs go to runs/study-voc.
 OUT=runs/study-voc
 SEEDS=${SEEDS:-0 1 2}
 DATA=(--data VOC2012 --data-root "${VOC_ROOT:-data}" --split train)
@@ -74,8 +74,13 @@ row trainaug/none          "${PLAIN[@]}"
 row trainaug/uniform-split "${AREAM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt" --reactivation uniform --coupling split
 score trainaug-rows/none          trainaug/none          --rows normalised
 score trainaug-rows/uniform-split trainaug/uniform-split --rows normalised
-deeplab trainaug-deeplab/none                     trainaug/none          "${VIT[@]}"
+deeplab trainaug-deeplab/none          trainaug/none          "${VIT[@]}"
+deeplab trainaug-deeplab/uniform-split trainaug/uniform-split "${VIT[@]}"
+masks   trainaug-deeplab/none-normalised          trainaug/none          --rows normalised
 masks   trainaug-deeplab/uniform-split-normalised trainaug/uniform-split --rows normalised
 deeplab trainaug-deeplab/uniform-split-normalised trainaug/uniform-split "${VIT[@]}"
+MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 224 --epochs 10 --scales 1)
+segment trainaug-mobilenet/none                     trainaug-deeplab/none                     "${MOBILE[@]}"
+segment trainaug-mobilenet/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${MOBILE[@]}"
 
-"$PYTHON" evaluate.py --what study --out $OUT --records results/voc.json
+"$PYTHON" evaluate.py --what study --out $OUT --records "${RECORDS:-results/voc.json}"
