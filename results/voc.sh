@@ -74,6 +74,7 @@ row trainaug/none          "${PLAIN[@]}"
 row trainaug/uniform-split "${AREAM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt" --reactivation uniform --coupling split
 score trainaug-rows/none          trainaug/none          --rows normalised
 score trainaug-rows/uniform-split trainaug/uniform-split --rows normalised
+VIT+=(--epochs 3)
 deeplab trainaug-deeplab/none          trainaug/none          "${VIT[@]}"
 deeplab trainaug-deeplab/uniform-split trainaug/uniform-split "${VIT[@]}"
 masks   trainaug-deeplab/none-normalised          trainaug/none          --rows normalised
