@@ -1317,7 +1317,7 @@ def profile_steps(text):
 
 
 def profile(step, steps, device, images=1, flops=None):
-    """Call step(i) so often; print its phases (record_function), memory and images/s.
+    """Call step(i) so often; print its phases (record_function; of the CPU), memory, images/s.
 
     images: of a step; flops: of a step's model, for its utilisation. The phases are timed in a run
     of their own, since the profiler slows small operations down. Returns images/s.
@@ -1339,16 +1339,19 @@ def profile(step, steps, device, images=1, flops=None):
     with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda) as profiler:
         for i in range(steps):
             step(2 + steps + i)
-    phases = {}
+    phases, busy = {}, 0
     for event in profiler.key_averages():
-        if event.is_user_annotation and "#" not in event.key:  # those with # are torch's own
-            microseconds = event.device_time_total if cuda else event.cpu_time_total
-            phases[event.key] = max(phases.get(event.key, 0), microseconds)
+        if not event.is_user_annotation:
+            on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+            busy += event.self_device_time_total if on_gpu else 0
+        elif "#" not in event.key:  # those with # are torch's own
+            phases[event.key] = max(phases.get(event.key, 0), event.cpu_time_total)
     for name, microseconds in phases.items():
         print(f"  {name:<12} {microseconds / 1e3 / steps:9.1f} ms  "
               f"{100 * microseconds / sum(phases.values()):4.0f} %")
+    gpu = f"  GPU busy {busy / 1e3 / steps:.1f} ms" if cuda else ""
     print(f"  {'together':<12} {1e3 * seconds:9.1f} ms  {images / seconds:.1f} images/s  peak "
-          f"memory {memory:.0f} MiB")
+          f"memory {memory:.0f} MiB{gpu}")
     if flops:
         name = device_name(device)
         peak = next((p for key, p in PEAK_TFLOPS.items() if key in name), None)
