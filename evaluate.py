@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 
@@ -30,7 +31,7 @@ import refine
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
 FIXED = 45  # index of the fixed threshold: the middle of the pseudo-labels' band, never tuned
 FIXED_THRESHOLD = FIXED / 100
-MEASURES = ("entropy", "distance", "top", "tokens", "w_hat")  # of a layer
+MEASURES = ("entropy", "distance", "top", "objects", "background", "w_hat")  # of a layer
 
 
 # -------------------------------------------------------------------------------------------------
@@ -180,8 +181,8 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     Returns table: how it is refined -> {"fixed", "best", "best_threshold"} seed mIoU (the paper's
     Figure 1; "unrefined" is the patch map times the class tokens' attention), and measures: lists
     over the layers, means over the images (Figure 3): "entropy" in bits (aream.layer_entropy),
-    "distance" (aream.row_distance), "top" (aream.top_share), "tokens" (the share of a patch's
-    attention that class tokens get), "w_hat" (aream.reactivation_weights).
+    "distance" (aream.row_distance), "top" (aream.top_share), "objects" and "background" (the share
+    of such patches' attention that class tokens get), "w_hat" (aream.reactivation_weights).
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     every = (*shallow, *deep)
@@ -197,7 +198,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
 
         def observe(output):
-            measured.append(measure_layers(output, labels, args.rows))
+            measured.append(measure_layers(output, labels, target, args.rows))
 
         cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows,
                                 args.beta, args.steps, observe, args.precision)
@@ -211,21 +212,26 @@ def evaluate_layers(dataset, model, deep_from, args, device):
             data.progress(f"{i}/{len(dataset.ids)}  {i / (time.time() - begin):.1f} images/s")
     data.progress("")
     need_classes(counts["unrefined"].sum((1, 2)), dataset)
-    measures = dict(zip(MEASURES, torch.stack(measured).mean(0).tolist()))
+    measures = dict(zip(MEASURES, torch.stack(measured).nanmean(0).tolist()))
     return {variant: summarise(c) for variant, c in counts.items()}, measures
 
 
-def measure_layers(output, labels, rows):
-    """The MEASURES of each layer, with such rows, first image -> (5, L), CPU."""
-    P = output.cam[0, 0].numel()
-    blocks = torch.cat([aream.patch_block(a[:1], P) for a in output.affinity])  # (L, P, P)
-    tokens = 1 - blocks.sum(-1).mean(-1)  # (L,)
+def measure_layers(output, labels, target, rows):
+    """The MEASURES of each layer, with such rows, first image, of mask target (H, W) -> (6, L)."""
+    grid = output.cam.shape[-2:]
+    blocks = torch.cat([aream.patch_block(a[:1], math.prod(grid)) for a in output.affinity])
+    patch = F.interpolate(target[None, None].float(), grid, mode="nearest-exact").flatten()
+    of_tokens = 1 - blocks.sum(-1).cpu()  # (L, P)
+    on_objects = of_tokens[:, (patch > 0) & (patch != data.IGNORE)].mean(-1)  # nan if there is none
+    on_background = of_tokens[:, patch == 0].mean(-1)
+
     if rows == "normalised":
-        blocks = aream.normalise_rows(blocks)
+        blocks = aream.normalise_rows(blocks)  # (L, P, P)
     entropy = aream.layer_entropy(output.cam[:1], [b[None] for b in blocks], labels)[0]
     _, w_hat = aream.reactivation_weights(entropy)
-    return torch.stack([entropy, aream.row_distance(blocks), aream.top_share(blocks), tokens,
-                        w_hat]).cpu()
+    distance, top = aream.row_distance(blocks), aream.top_share(blocks)
+    return torch.stack([entropy.cpu(), distance.cpu(), top.cpu(), on_objects, on_background,
+                        w_hat.cpu()])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -412,14 +418,16 @@ def print_classes(dataset, result):
 
 def print_layers(table, measures, deep_from):
     print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  "
-          f"{'entropy':>7} {'distance':>8} {'top 5 %':>7} {'tokens':>7}  {'w_hat':>5}")
+          f"{'entropy':>7} {'distance':>8} {'top 5 %':>7}  {'tokens: objects':>15} {'backgr.':>7}  "
+          f"{'w_hat':>5}")
     for name, row in table.items():
         best = f"{row['best']:7.1f}  {row['best_threshold']:<10.2f}"
         line = f"  {name:<16} {row['fixed']:7.1f} {best}"
         if name.startswith("layer "):
             l = int(name.removeprefix("layer "))
-            entropy, distance, top, tokens, w_hat = (measures[key][l] for key in MEASURES)
-            line += (f"  {entropy:7.2f} {distance:8.3f} {100 * top:5.1f} % {100 * tokens:5.1f} %  "
+            entropy, distance, *shares, w_hat = (measures[key][l] for key in MEASURES)
+            top, objects, background = (f"{100 * share:.1f} %" for share in shares)
+            line += (f"  {entropy:7.2f} {distance:8.3f} {top:>7}  {objects:>15} {background:>7}  "
                      f"{w_hat:5.2f}")
         print(line)
     w_hat = measures["w_hat"]

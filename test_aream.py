@@ -1011,7 +1011,7 @@ def test_layers_are_scored_and_drawn(finished):
     measures = record["measures"]
     assert all(len(measures[measure]) == 3 for measure in evaluate.MEASURES)
     assert max(measures["entropy"]) <= 6  # log2 of 64 patches
-    for measure in ("distance", "top", "tokens", "w_hat"):
+    for measure in ("distance", "top", "objects", "background", "w_hat"):
         assert all(0 <= value <= 1 for value in measures[measure])
     assert (finished.out / "layers.png").is_file()
 
@@ -1024,14 +1024,19 @@ def test_layers_are_measured_with_the_rows_that_refine():
     affinity, alone = (a / a.sum(-1, keepdim=True) for a in (affinity, alone))
     cam, labels = torch.rand(1, 2, 4, 4), torch.tensor([[1.0, 0]])
     with_tokens, without = (vit.ViTOutput(None, None, cam, tuple(a)) for a in (affinity, alone))
-    got = evaluate.measure_layers(with_tokens, labels, "normalised")
-    expected = evaluate.measure_layers(without, labels, "plain")
-    tokens = evaluate.MEASURES.index("tokens")
-    assert_close(got[tokens], affinity[:, 0, 2:, :2].sum(-1).mean(-1))
-    assert_close(expected[tokens], torch.zeros(3))
-    others = [i for i in range(5) if i != tokens]
+    target = torch.zeros(64, 64).long()
+    target[:32, :16], target[32:] = 3, data.IGNORE  # patches 0 and 4, and those from 8 on
+    got = evaluate.measure_layers(with_tokens, labels, target, "normalised")
+    expected = evaluate.measure_layers(without, labels, target, "plain")
+
+    of_tokens = affinity[:, 0, 2:, :2].sum(-1)
+    assert_close(got[3], of_tokens[:, [0, 4]].mean(-1))
+    assert_close(got[4], of_tokens[:, [1, 2, 3, 5, 6, 7]].mean(-1))
+    assert_close(expected[3:5], torch.zeros(2, 3))
+    others = [0, 1, 2, 5]
     assert_close(got[others], expected[others])
-    assert not torch.equal(got[0], evaluate.measure_layers(with_tokens, labels, "plain")[0])
+    plain = evaluate.measure_layers(with_tokens, labels, target, "plain")
+    assert not torch.equal(got[0], plain[0])
 
 
 def test_demo(own, capsys):
