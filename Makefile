@@ -10,7 +10,7 @@ endif
 
 .PHONY: demo test speed gpu clean
 
-# one thread, which rounds the same anywhere
+# one thread: the number of cores does not change the rounding
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/ready
 	$(PY) train_cls.py --data toy --reactivation none --out runs/toy/plain --overwrite $(TRAIN)

@@ -300,7 +300,7 @@ class VOC(ImageSet):
         return sorted({self.classes.index(n) for n in names})
 
     def mask_path(self, name):
-        folders = self.ground_truth_folders()[:1 + (self.split == "trainaug")]
+        folders = self.ground_truth_folders()[:1 + self.split.startswith("trainaug")]
         for folder in folders:
             if (folder / f"{name}.png").is_file():
                 return folder / f"{name}.png"

@@ -1788,7 +1788,8 @@ def test_data_that_is_not_there(tmp_path):
 def test_shipped_splits():
     sizes = {path.stem: len(set(path.read_text().split()))
              for path in (HERE / "splits").glob("*.txt")}
-    assert sizes == {"voc2012_train": 1464, "voc2012_trainaug": 10582, "voc2012_val": 1449}
+    assert sizes == {"voc2012_train": 1464, "voc2012_trainaug": 10582,
+                     "voc2012_trainaug_6293": 6293, "voc2012_val": 1449}
 
 
 def test_outlines():

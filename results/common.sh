@@ -1,7 +1,7 @@
 # The steps of a study; sourced by toy.sh and voc.sh. A row is a folder $OUT/<question>/<row>/<seed>; what is there is
 # skipped, so that an interrupted study goes on. SEEDS, OUT and the arrays DATA, SCORE, MASKS (flags) come from there.
 set -eu
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread rounds the same anywhere
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the number of cores does not change the rounding
 PYTHON="${PYTHON:-.venv/bin/python}"
 
 # row NAME [flags of train_cls.py]: train, and score each layer. %SEED% stands for the seed.

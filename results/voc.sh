@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The study on VOC:  VOC_ROOT=<holds VOCdevkit> [DEIT_TINY=<file>] [MOBILENET=<file>] [SEEDS="0 1 2"] bash results/voc.sh
 # DeiT-Tiny, 224 px, batch 16, on `train`. One core takes 35 to 45 minutes for a row of 30 epochs.
-# Writes results/voc.json (or RECORDS); runs go to runs/study-voc.
+# Writes results/voc.json (or RECORDS); runs go to runs/study-voc. results/README.md says which seeds of which row ran, and
+# how its images were made.
 OUT=runs/study-voc
 SEEDS=${SEEDS:-0 1 2}
 DATA=(--data VOC2012 --data-root "${VOC_ROOT:-data}" --split train)
@@ -29,7 +30,7 @@ deeplab deeplab/none          schedule/none          "${VIT[@]}"
 deeplab deeplab/uniform-split schedule/uniform-split "${VIT[@]}"
 masks   deeplab/none-normalised          schedule/none          --rows normalised
 masks   deeplab/uniform-split-normalised schedule/uniform-split --rows normalised
-deeplab deeplab/uniform-split-normalised schedule/uniform-split "${VIT[@]}"
+segment deeplab/uniform-split-normalised deeplab/uniform-split-normalised "${VIT[@]}"
 
 # Do deep layers over-smooth at other depths? (Figure 1; 12 is schedule/none)
 row depth/6  "${PLAIN[@]}" --depth 6
@@ -56,10 +57,6 @@ score walk/2-steps      schedule/none --steps 2
 score walk/squared      schedule/none --beta 2
 score walk/three-scales schedule/none --scales 0.5 1 1.5
 
-# Which crops? (10 epochs, the plain classifier)
-row augment/jitter  "${TINY[@]}" --lr 3e-4 --epochs 10 --reactivation none --augment jitter
-row augment/release "${TINY[@]}" --lr 3e-4 --epochs 10 --reactivation none --augment release
-
 # Does bfloat16 change anything? (3 epochs)
 SHORT=("${RELEASE[@]}" --lr 3e-4 --epochs 3 --warmup-epochs 1 --coupling split --reactivation none)
 row precision/float32  "${SHORT[@]}" --precision float32
@@ -67,9 +64,9 @@ row precision/bfloat16 "${SHORT[@]}" --precision bfloat16
 masks precision-masks/float32  schedule/none --precision float32
 masks precision-masks/bfloat16 schedule/none --precision bfloat16
 
-# More images: all of trainaug (two and a half hours a row)
-DATA+=(--split trainaug)  # the last of several counts
-MASKS=(--split trainaug)
+# More images (two and a half hours a row); of a flag given twice the last counts
+DATA+=(--split trainaug_6293)
+MASKS=(--split trainaug_6293)
 row trainaug/none          "${PLAIN[@]}"
 row trainaug/uniform-split "${AREAM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt" --reactivation uniform --coupling split
 score trainaug-rows/none          trainaug/none          --rows normalised
@@ -79,7 +76,7 @@ deeplab trainaug-deeplab/none          trainaug/none          "${VIT[@]}"
 deeplab trainaug-deeplab/uniform-split trainaug/uniform-split "${VIT[@]}"
 masks   trainaug-deeplab/none-normalised          trainaug/none          --rows normalised
 masks   trainaug-deeplab/uniform-split-normalised trainaug/uniform-split --rows normalised
-deeplab trainaug-deeplab/uniform-split-normalised trainaug/uniform-split "${VIT[@]}"
+segment trainaug-deeplab/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${VIT[@]}"
 MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 224 --epochs 10 --scales 1)
 segment trainaug-mobilenet/none                     trainaug-deeplab/none                     "${MOBILE[@]}"
 segment trainaug-mobilenet/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${MOBILE[@]}"
