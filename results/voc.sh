@@ -81,4 +81,11 @@ MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 2
 segment trainaug-mobilenet/none                     trainaug-deeplab/none                     "${MOBILE[@]}"
 segment trainaug-mobilenet/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${MOBILE[@]}"
 
+# What does PAR do? (masks decided everywhere)
+DECIDED=(--split train --low 0.45 --high 0.45)
+masks par/none                             trainaug/none          "${DECIDED[@]}"
+masks par/none-without                     trainaug/none          "${DECIDED[@]}" --par-iterations 0
+masks par/uniform-split-normalised         trainaug/uniform-split "${DECIDED[@]}" --rows normalised
+masks par/uniform-split-normalised-without trainaug/uniform-split "${DECIDED[@]}" --rows normalised --par-iterations 0
+
 "$PYTHON" evaluate.py --what study --out $OUT --records "${RECORDS:-results/voc.json}"
