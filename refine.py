@@ -94,8 +94,9 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
     if images.shape[-2:] != score.shape[-2:]:
         raise ValueError(f"images are {tuple(images.shape[-2:])} and scores "
                          f"{tuple(score.shape[-2:])} pixels: resize one")
-    if iterations < 0:
-        raise ValueError(f"PAR with {iterations} iterations: 0 (none) or more")
+    if iterations < 0 or min(dilations, default=0) < 1:
+        raise ValueError(f"PAR with {iterations} iterations, dilations {list(dilations)}: 0 (none) "
+                         "or more iterations, one or more dilations of at least 1")
 
     # On a CPU few images at a time stay in the cache, and absent classes need no work.
     settings = (dilations, iterations)
@@ -150,13 +151,15 @@ def present_classes(labels):
     return class_ids, present
 
 
-def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iterations=ITERATIONS):
+def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iterations=ITERATIONS,
+                 dilations=DILATIONS):
     """Confident labels from a CAM, with a band of 255 between a low and a high background score.
 
     images (B, 3, H, W) in [0, 1]; cam (B, K, h, w) in [0, 1], any size; class_ids, present (B, K):
     present_classes. Returns (B, H, W) int64 in {0, 1..C, 255}: foreground where it wins against
     the high background score, background where that wins already against the low one, 255
-    elsewhere. Both scores are refined together, at half size, by so many iterations of PAR.
+    elsewhere. Both scores are refined together, at half size, by so many iterations of PAR with
+    such dilations.
     """
     if not 0 <= low <= high <= 1:
         raise ValueError(f"background scores low {low}, high {high}: 0 <= low <= high <= 1")
@@ -170,7 +173,7 @@ def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iteration
     prob = [torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background]
     score = torch.cat(prob, 1)  # (B, 2 K, h, w)
     small = data.bilinear(images.float(), half)
-    score = pixel_adaptive_refine(small, score, iterations=iterations)
+    score = pixel_adaptive_refine(small, score, dilations, iterations)
     score = data.bilinear(score, (H, W))
 
     # argmax; PAR is linear, so the background's score is what the classes leave of the total
@@ -187,11 +190,12 @@ def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iteration
     return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
 
 
-def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIONS):
+def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIONS,
+                dilations=DILATIONS):
     """One image: (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
     class_ids = torch.as_tensor(class_ids).to(cam.device, non_blocking=True)[None]
     images, present = pixels[None].float() / 255, torch.ones_like(class_ids)
-    return pseudo_label(images, cam[None], class_ids, present, low, high, iterations)[0]
+    return pseudo_label(images, cam[None], class_ids, present, low, high, iterations, dilations)[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -331,6 +335,8 @@ def parse_args(argv=None):
         help="high background score; between the two lies the band of 255 (default 0.55)")
     add("--par-iterations", type=int, default=ITERATIONS, metavar="N",
         help="of the pixel-adaptive refinement (default 10)")
+    add("--par-dilations", type=int, nargs="+", default=list(DILATIONS), metavar="N",
+        help="how far its neighbours are, in pixels at half size (default 1 2 4 8 12 24)")
     args = parser.parse_args(argv)
     args.split = args.split or data.training_split(args.data)
     check_refining(args)
@@ -347,7 +353,8 @@ def refine_image(model, pixels, class_ids, args):
         cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows, args.beta,
                         args.steps, precision=args.precision)["seed"]
     with record_function("PAR"):
-        mask = pseudo_mask(shrunk, class_ids, cam, args.low, args.high, args.par_iterations)
+        mask = pseudo_mask(shrunk, class_ids, cam, args.low, args.high, args.par_iterations,
+                           args.par_dilations)
     return cam, data.enlarge(mask, pixels.shape[-2:])
 
 

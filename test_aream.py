@@ -543,6 +543,17 @@ def test_pseudo_label_without_par_is_what_the_cam_says(halves):
         pseudo_label(images, cam, labels, 0.35, 0.55, -1)
 
 
+def test_pseudo_labels_with_other_dilations():
+    """A spot of the CAM on a plain image spreads as far as the neighbours are."""
+    image, cam = torch.full((3, 64, 64), 128, dtype=torch.uint8), torch.zeros(1, 64, 64)
+    cam[:, 28:36, 28:36] = 1
+    reached = [(refine.pseudo_mask(image, [0], cam, 0.05, 0.05, 2, dilations) == 1).sum()
+               for dilations in ((1,), (4,))]
+    assert reached[0] < reached[1]
+    with refused("dilations \\[0\\]"):
+        refine.pseudo_mask(image, [0], cam, dilations=[0])
+
+
 def test_pseudo_labels_of_one_image_do_not_depend_on_the_others(halves):
     images, cam, labels = halves
     got = pseudo_label(images, cam, labels)

@@ -84,8 +84,10 @@ segment trainaug-mobilenet/uniform-split-normalised trainaug-deeplab/uniform-spl
 # What does PAR do? (masks decided everywhere)
 DECIDED=(--split train --low 0.45 --high 0.45)
 masks par/none                             trainaug/none          "${DECIDED[@]}"
+masks par/none-near                        trainaug/none          "${DECIDED[@]}" --par-dilations 1 2 4 8
 masks par/none-without                     trainaug/none          "${DECIDED[@]}" --par-iterations 0
 masks par/uniform-split-normalised         trainaug/uniform-split "${DECIDED[@]}" --rows normalised
+masks par/uniform-split-normalised-near    trainaug/uniform-split "${DECIDED[@]}" --rows normalised --par-dilations 1 2 4 8
 masks par/uniform-split-normalised-without trainaug/uniform-split "${DECIDED[@]}" --rows normalised --par-iterations 0
 
 "$PYTHON" evaluate.py --what study --out $OUT --records "${RECORDS:-results/voc.json}"
