@@ -112,6 +112,15 @@ def normalise_cam(cam, labels):
     return (cam - low) / (high - low).clamp_min(1e-12) * labels[..., None, None]
 
 
+def patch_label(mask, grid):
+    """mask (B, H, W), grid (gh, gw) -> the value at each patch's centre pixel, (B, P)."""
+    def centres(patches, pixels):
+        return ((torch.arange(patches, device=mask.device) + 0.5) * pixels / patches).long()
+
+    (gh, gw), (H, W) = grid, mask.shape[-2:]
+    return mask[:, centres(gh, H)][:, :, centres(gw, W)].flatten(1)
+
+
 def affinity_label(mask, grid):
     """Which patch pairs belong together.
 
@@ -119,11 +128,7 @@ def affinity_label(mask, grid):
     pixel. Returns (B, P, P) int64, symmetric: 1 same class (background counts as one), 0
     different, 255 if either is 255.
     """
-    def centres(patches, pixels):
-        return ((torch.arange(patches, device=mask.device) + 0.5) * pixels / patches).long()
-
-    (gh, gw), (H, W) = grid, mask.shape[-2:]
-    patch = mask[:, centres(gh, H)][:, :, centres(gw, W)].flatten(1)  # (B, P)
+    patch = patch_label(mask, grid)  # (B, P)
     one, other = patch[:, :, None], patch[:, None, :]
     label = (one == other).long()
     return label.masked_fill((one == IGNORE) | (other == IGNORE), IGNORE)

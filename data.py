@@ -1269,7 +1269,7 @@ def start(args):
 
 
 def device_name(device):
-    """"CPU", or the name of the CUDA card."""
+    """The name of the CUDA card, else "CPU" or the like."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 

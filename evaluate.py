@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 
@@ -220,7 +219,7 @@ def measure_layers(output, labels, target, rows):
     """The MEASURES of each layer, with such rows, first image, of mask target (H, W) -> (6, L)."""
     grid = output.cam.shape[-2:]
     blocks = torch.cat([aream.patch_block(a[:1], math.prod(grid)) for a in output.affinity])
-    patch = F.interpolate(target[None, None].float(), grid, mode="nearest-exact").flatten()
+    patch = aream.patch_label(target[None], grid)[0]  # (P,)
     of_tokens = 1 - blocks.sum(-1).cpu()  # (L, P)
     on_objects = of_tokens[:, (patch > 0) & (patch != data.IGNORE)].mean(-1)  # nan if there is none
     on_background = of_tokens[:, patch == 0].mean(-1)
