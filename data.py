@@ -603,8 +603,6 @@ def open_data(name, root, split, limit=None, cache=None, classes=None):
     if name in DATASETS and classes:
         raise ValueError(f"--classes {classes}: {name} has classes of its own; --classes goes "
                          f"with --data FOLDER")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}: at least one image is needed")
     if name == "VOC2012":
         dataset = VOC(Path(root) / "VOCdevkit" / "VOC2012", split, name, VOC_CLASSES, "VOC 2012")
     elif name == "COCO2014":
@@ -795,7 +793,7 @@ def train_loader(samples, batch, seed, workers, device):
     batch is that of all processes together; each gets its share. The loader's own generator keeps
     it from drawing on the global one, on which drop-path and dropout depend.
     """
-    if batch < 1 or batch > len(samples):
+    if batch > len(samples):
         raise ValueError(f"--batch {batch} with {len(samples)} images: give a --batch of 1 to "
                          f"{len(samples)}")
     if batch % world():
@@ -1212,6 +1210,22 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the flags)")  # one line, as all of them
 
 
+def number(kind, least, most=math.inf):
+    """The argparse type of a flag: an int or a float in [least, most], so neither nan nor inf."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            what = "a whole number" if kind is int else "a number"
+            limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {what} {limits}")
+        return value
+
+    return parse
+
+
 def argument_parser(description):
     """A parser with the flags that mean the same in every script."""
     wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=110)
@@ -1223,7 +1237,8 @@ def argument_parser(description):
     add("--classes", metavar="FILE", help="for --data FOLDER: its class names, one a line")
     add("--data-root", default="data", metavar="DIR",
         help="holds VOCdevkit/VOC2012 or COCO2014 (default data)")
-    add("--limit", type=int, metavar="N", help="use only the first N images of each split")
+    add("--limit", type=number(int, 1), metavar="N",
+        help="use only the first N images of each split")
     add = parser.add_argument_group("machine and output").add_argument
     add("--out", metavar="DIR", help="output folder (default runs/<data>)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -1231,9 +1246,9 @@ def argument_parser(description):
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of matrix products; auto (default): bfloat16 where the device has it natively, for "
              "--data toy float32")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+    add("--workers", type=number(int, 0), default=min(8, (os.cpu_count() or 2) // 2),
         help="processes that load images (default: half the cores, at most 8)")
-    add("--seed", type=int, default=0, metavar="N",
+    add("--seed", type=number(int, 0, 2**31), default=0, metavar="N",
         help="of weights, order, crops and drop-path (default 0)")
     add("--deterministic", action="store_true",
         help="on CUDA: the same bits again (a CPU always gives them)")
@@ -1256,8 +1271,6 @@ def start(args):
         raise ValueError(f"--device {args.device}: not there, or unknown to this torch "
                          f"({str(error).splitlines()[0]}); use cpu, or cuda with an NVIDIA GPU "
                          "and a CUDA build of torch") from error
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: 0 (load in this process) or more")
     if args.precision == "auto":
         faster = native_bfloat16(device) and args.data != "toy"  # whose products are too small
         args.precision = "bfloat16" if faster else "float32"
@@ -1311,9 +1324,7 @@ def profile_steps(text):
     """The N of --profile N, for argparse."""
     if world() > 1:
         raise argparse.ArgumentTypeError("it times one process: run it without torchrun")
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, at least 1")
-    return int(text)
+    return number(int, 1)(text)
 
 
 def profile(step, steps, device, images=1, flops=None):

@@ -709,25 +709,21 @@ def parse_args(argv=None):
         help="the --out of the plain classifier, for layers, pictures and demo")
     add("--records", type=Path, metavar="JSON",
         help="for study: gather the runs under --out in this file, and print it")
-    add("--worst", type=int, default=0, metavar="N",
+    add("--worst", type=data.number(int, 0), default=0, metavar="N",
         help="for pseudo and pred: also draw the N worst images")
-    add("--images", type=int, default=8, metavar="N",
+    add("--images", type=data.number(int, 1), default=8, metavar="N",
         help="how many images pictures and demo show (default 8)")
-    add("--deep-from", type=int, metavar="L",
+    add("--deep-from", type=data.number(int, 1), metavar="L",
         help="for layers: first deep layer, 0-based (default: the checkpoint's)")
     refine.refining_arguments(parser)
     args = parser.parse_args(argv)
     args.split = args.split or OTHER_SPLITS.get(args.what, "train")
     if args.what == "study" and args.records is None:
         parser.error("--what study needs --records, a file such as results/toy.json")
-    if args.worst < 0 or args.worst and args.what not in ("pseudo", "pred"):
-        parser.error(f"--worst {args.worst} --what {args.what}: draws so many images, at least "
-                     f"one, for --what pseudo and pred")
+    if args.worst and args.what not in ("pseudo", "pred"):
+        parser.error(f"--worst {args.worst} --what {args.what}: it goes with pseudo and pred")
     if args.what == "demo" and args.before is None:
         parser.error("--what demo compares two runs: name the plain one with --before OUT")
-    if args.images < 1:
-        parser.error(f"--images {args.images}: at least one")
-    refine.check_refining(args)
     return args
 
 

@@ -295,22 +295,29 @@ def load_classifier(path, dataset, device, options=None):
 # -------------------------------------------------------------------------------------------------
 def refining_arguments(parser):
     add = parser.add_argument_group("CAM and random walk").add_argument
-    add("--scales", type=float, nargs="+", default=[1.0],
+    add("--scales", type=data.number(float, 0.01), nargs="+", default=[1.0],
         help="of the image, each with its mirror image (default 1, the release's)")
     add("--rows", choices=("plain", "normalised"), default="plain",
         help="of each layer's affinity between patches: as they are (default, the release's), or "
              "normalised, so that what patches draw from class tokens does not count")
-    add("--beta", type=float, default=1.0, help="random walk: power of the affinity (default 1)")
-    add("--steps", type=int, default=1,
+    add("--beta", type=data.number(float, 0.01), default=1.0,
+        help="random walk: power of the affinity (default 1)")
+    add("--steps", type=data.number(int, 0), default=1,
         help="random walk: number of steps (default 1, the paper's plain propagation)")
-    add("--max-side", type=int, metavar="PX",
+    add("--max-side", type=data.number(int, 16), metavar="PX",
         help="shrink larger photographs (default: 50 patches, 800 px for DeiT)")
 
 
-def check_refining(args):
-    if min(args.scales) <= 0 or (args.max_side or 16) < 16:
-        raise ValueError(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at "
-                         f"least 16 px")
+def band_arguments(add):
+    add("--low", type=data.number(float, 0, 1), default=0.35,
+        help="low background score of the pseudo-labels (default 0.35)")
+    add("--high", type=data.number(float, 0, 1), default=0.55,
+        help="high background score; between the two lies the band of 255 (default 0.55)")
+
+
+def check_band(args):
+    if args.low > args.high:
+        raise ValueError(f"--low {args.low} is above --high {args.high}")
 
 
 def parse_args(argv=None):
@@ -330,16 +337,15 @@ def parse_args(argv=None):
     add("--layers", default="all",
         help="whose mean affinity refines: all (default), none, like 0-6, or entropy: all, times "
              "1 - e")
-    add("--low", type=float, default=0.35, help="low background score (default 0.35)")
-    add("--high", type=float, default=0.55,
-        help="high background score; between the two lies the band of 255 (default 0.55)")
-    add("--par-iterations", type=int, default=ITERATIONS, metavar="N",
+    band_arguments(add)
+    add("--par-iterations", type=data.number(int, 0), default=ITERATIONS, metavar="N",
         help="of the pixel-adaptive refinement (default 10)")
-    add("--par-dilations", type=int, nargs="+", default=list(DILATIONS), metavar="N",
+    add("--par-dilations", type=data.number(int, 1), nargs="+", default=list(DILATIONS),
+        metavar="N",
         help="how far its neighbours are, in pixels at half size (default 1 2 4 8 12 24)")
     args = parser.parse_args(argv)
     args.split = args.split or data.training_split(args.data)
-    check_refining(args)
+    check_band(args)
     if args.labels and not args.photos:
         parser.error("--labels goes with --photos; the labels of a data set come with it")
     return args

@@ -1786,8 +1786,7 @@ def test_voc_labels_and_masks(tmp_path):
 
 def test_data_that_is_not_there(tmp_path):
     make_voc(tmp_path)
-    for arguments, message in ((("VOC2012", tmp_path, "train", 0), "--limit 0"),
-                               (("VOC2013", tmp_path, "train"), "no data set or folder 'VOC2013'"),
+    for arguments, message in ((("VOC2013", tmp_path, "train"), "no data set or folder 'VOC2013'"),
                                (("VOC2012", tmp_path, "test"), "no split 'test'"),
                                (("VOC2012", tmp_path / "x", "train"), "JPEGImages: add --down")):
         with refused(message):
@@ -2173,7 +2172,12 @@ MESSAGES = [  # stage, flags, what is printed after "error: "
     (evaluate, "--what pseudo", r"4 of 4 files are missing .*python refine.py"),
     (evaluate, "--what pred", r"4 of 4 files are missing .*python train_seg.py"),
     (train_seg, "--batch 4", r"4 of 4 files are missing .*python refine.py"),
-    (train_cls, "--limit 0", r"--limit 0: at least one"),
+    (train_cls, "--limit 0", r"--limit: 0 is not a whole number of at least 1"),
+    (train_cls, "--lr nan", r"--lr: nan is not a number of at least 0"),
+    (train_cls, "--drop-path 2", r"--drop-path: 2 is not a number from 0 to 1"),
+    (train_cls, "--low 0.6", r"--low 0.6 is above --high 0.55"),
+    (refine, "--par-dilations 1 0", r"--par-dilations: 0 is not a whole number of at least 1"),
+    (train_seg, "--batch 1", r"--batch: 1 is not a whole number of at least 2"),
     (train_cls, "--device zebra", r"--device zebra: not there"),
     (train_cls, "--device xpu", r"--device xpu: not there"),
     (train_cls, "--device mps", r"--device mps: not there"),
@@ -2183,7 +2187,7 @@ MESSAGES = [  # stage, flags, what is printed after "error: "
     (train_cls, "--batch 4 --coupling split --deep-from 6", r"--deep-from 6 with 6 layers"),
     (train_cls, "--resume --overwrite", r"not allowed with argument --resume"),
     (refine, "--labels dots", r"--labels goes with --photos"),
-    (train_cls, "--profile 0", r"'0' is not a number of steps"),
+    (train_cls, "--profile 0", r"0 is not a whole number of at least 1"),
     (evaluate, "--what study", r"--what study needs --records"),
 ]
 

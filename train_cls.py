@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 import aream
 import data
 import model as vit
-from refine import present_classes, pseudo_label
+from refine import band_arguments, check_band, present_classes, pseudo_label
 
 DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10,
                 pretrained="auto", drop_path=0.1, affinity_weight=0.1)
@@ -39,11 +39,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--preset", choices=vit.PRESETS,
         help="default deit_small, the paper's; --data toy: toy")
-    add("--depth", type=int, metavar="N",
+    add("--depth", type=data.number(int, 1), metavar="N",
         help="use the first N blocks only (the paper studies 6, 8, 10, 12)")
     add("--pretrained", metavar="auto|none|PATH",
         help="auto: download DeiT's ImageNet-1k weights (default); none: from scratch")
-    add("--drop-path", type=float, metavar="P", help="default 0.1; --data toy: 0")
+    add("--drop-path", type=data.number(float, 0, 1), metavar="P",
+        help="default 0.1; --data toy: 0")
 
     add = parser.add_argument_group("training").add_argument
     add("--split", help="default trainaug of VOC2012, else train")
@@ -51,13 +52,15 @@ def parse_args(argv=None):
         help="go on from another run's checkpoint, with this run's settings")
     add("--augment", choices=AUGMENTATIONS, default="jitter",
         help="crops and colour jitter (default), or as the release: RandAugment, erasing")
-    add("--size", type=int, metavar="PX", help="of a training crop (default 224; --data toy: 64)")
-    add("--batch", type=int, help="default 64; --data toy: 16")
-    add("--epochs", type=int, help="default 60; --data toy: 10")
-    add("--warmup-epochs", type=int, metavar="N",
+    add("--size", type=data.number(int, 1), metavar="PX",
+        help="of a training crop (default 224; --data toy: 64)")
+    add("--batch", type=data.number(int, 1), help="default 64; --data toy: 16")
+    add("--epochs", type=data.number(int, 1), help="default 60; --data toy: 10")
+    add("--warmup-epochs", type=data.number(int, 0), metavar="N",
         help="the first N of them are without the AReAM loss (default 10; --data toy: 5)")
-    add("--lr", type=float, help="default 5e-4 * batch / 512; --data toy: 1e-3")
-    add("--weight-decay", type=float, default=0.05, metavar="D", help="default 0.05")
+    add("--lr", type=data.number(float, 0), help="default 5e-4 * batch / 512; --data toy: 1e-3")
+    add("--weight-decay", type=data.number(float, 0), default=0.05, metavar="D",
+        help="default 0.05")
 
     add = parser.add_argument_group("AReAM").add_argument
     add("--reactivation", choices=aream.REACTIVATION, default="entropy",
@@ -68,16 +71,14 @@ def parse_args(argv=None):
     add("--coupling", choices=("all", "split"), default="all",
         help="every layer guides and is supervised (default), or those below --deep-from guide "
              "the others (release)")
-    add("--deep-from", type=int, metavar="L",
+    add("--deep-from", type=data.number(int, 1), metavar="L",
         help="first deep layer, 0-based (default 7 of 12 layers; --data toy: 2)")
-    add("--affinity-weight", type=float, metavar="W",
+    add("--affinity-weight", type=data.number(float, 0), metavar="W",
         help="of the AReAM loss (default 0.1; --data toy: 4)")
     add("--labels", choices=("two-views", "shared"), default="two-views",
         help="pair labels come from an extra pass over image and mirror image (default), or from "
              "the training pass itself")
-    add("--low", type=float, default=0.35,
-        help="low background score of the pseudo-label (default 0.35)")
-    add("--high", type=float, default=0.55, help="high background score (default 0.55)")
+    band_arguments(add)
     args = parser.parse_args(argv)
 
     for key, value in {**DEFAULTS, **RECIPES.get(args.data, {})}.items():
@@ -88,12 +89,13 @@ def parse_args(argv=None):
         args.lr = 5e-4 * args.batch / 512
     if args.deep_from is None:
         args.deep_from = round(7 / 12 * (args.depth or vit.PRESETS[args.preset]["depth"]))
-    if not 0 <= args.warmup_epochs <= args.epochs or args.epochs < 1:
+    if args.warmup_epochs > args.epochs:
         parser.error(f"--epochs {args.epochs} with --warmup-epochs {args.warmup_epochs} of them: "
-                     "at least one epoch, and no more warm-up than that")
-    if args.size < 1 or args.size % vit.PRESETS[args.preset]["patch"]:
+                     "no more warm-up than that")
+    if args.size % vit.PRESETS[args.preset]["patch"]:
         parser.error(f"--size {args.size}: not a multiple of the patch size "
                      f"{vit.PRESETS[args.preset]['patch']}")
+    check_band(args)
     return args
 
 

@@ -57,20 +57,21 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--split", help="default trainaug of VOC2012, else train")
     add("--masks", type=Path, metavar="DIR", help="pseudo-masks (default <out>/pseudo)")
-    add("--size", type=int, metavar="PX",
+    add("--size", type=data.number(int, 16), metavar="PX",
         help="side of a training crop (default 321; ViT 320; --data toy: 64)")
-    add("--batch", type=int, help="default 16")
-    add("--epochs", type=int, help="default 30; --data toy: 6")
-    add("--lr", type=float,
+    add("--batch", type=data.number(int, 2),
+        help="at least 2, for the batch normalisation of pooled features (default 16)")
+    add("--epochs", type=data.number(int, 1), help="default 30; --data toy: 6")
+    add("--lr", type=data.number(float, 0),
         help="of the backbone, the head has ten times as much (default 0.01, SGD; ViT 6e-5, "
              "AdamW; --data toy: 5e-4)")
     add = parser.add_argument_group("prediction").add_argument
     add("--predict-split", default="val", metavar="SPLIT",
         help="split to predict after training (default val)")
-    add("--scales", type=float, nargs="+",
+    add("--scales", type=data.number(float, 0.01), nargs="+",
         help="default 0.5 0.75 1 1.25 1.5, each with its mirror image (--data toy: 1); a trained "
              "model's own for --photos and --predict-only")
-    add("--max-side", type=int, metavar="PX",
+    add("--max-side", type=data.number(int, 16), metavar="PX",
         help="shrink larger photographs (default 1024; ViT 64 patches)")
     args = parser.parse_args(argv)
 
@@ -82,13 +83,6 @@ def parse_args(argv=None):
             setattr(args, key, value)
     if args.scales is None and not (args.photos or args.predict_only):
         args.scales = [1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5]
-    if args.epochs < 1 or args.batch < 2:
-        parser.error(f"--epochs {args.epochs} --batch {args.batch}: at least one epoch, and two "
-                     "images a batch (DeepLab's batch normalisation of pooled features needs "
-                     "them)")
-    if min(args.scales or [1]) <= 0 or (args.max_side or 16) < 16:
-        parser.error(f"--scales {args.scales} --max-side {args.max_side}: scales above 0, at "
-                     f"least 16 px")
     return args
 
 

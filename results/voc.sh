@@ -81,13 +81,20 @@ MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 2
 segment trainaug-mobilenet/none                     trainaug-deeplab/none                     "${MOBILE[@]}"
 segment trainaug-mobilenet/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${MOBILE[@]}"
 
+# Masks, and a DeepLab on them, with PAR's nearer neighbours
+NEAR=(--par-dilations 1 2 4 8)
+masks   trainaug-deeplab/none-near                     trainaug/none          "${NEAR[@]}"
+masks   trainaug-deeplab/uniform-split-normalised-near trainaug/uniform-split "${NEAR[@]}" --rows normalised
+segment trainaug-deeplab/none-near                     trainaug-deeplab/none-near                     "${VIT[@]}"
+segment trainaug-deeplab/uniform-split-normalised-near trainaug-deeplab/uniform-split-normalised-near "${VIT[@]}"
+
 # What does PAR do? (masks decided everywhere)
 DECIDED=(--split train --low 0.45 --high 0.45)
 masks par/none                             trainaug/none          "${DECIDED[@]}"
-masks par/none-near                        trainaug/none          "${DECIDED[@]}" --par-dilations 1 2 4 8
+masks par/none-near                        trainaug/none          "${DECIDED[@]}" "${NEAR[@]}"
 masks par/none-without                     trainaug/none          "${DECIDED[@]}" --par-iterations 0
 masks par/uniform-split-normalised         trainaug/uniform-split "${DECIDED[@]}" --rows normalised
-masks par/uniform-split-normalised-near    trainaug/uniform-split "${DECIDED[@]}" --rows normalised --par-dilations 1 2 4 8
+masks par/uniform-split-normalised-near    trainaug/uniform-split "${DECIDED[@]}" --rows normalised "${NEAR[@]}"
 masks par/uniform-split-normalised-without trainaug/uniform-split "${DECIDED[@]}" --rows normalised --par-iterations 0
 
 "$PYTHON" evaluate.py --what study --out $OUT --records "${RECORDS:-results/voc.json}"
