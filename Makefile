@@ -1,5 +1,5 @@
 # make demo: environment, four stages on `toy`, a table, runs/toy/demo.png.   make test: environment, pytest (SLOW=1: all).
-# make gpu: what a CUDA card does, as a table in results/gpu.md.              make speed: the speed table, on this CPU.
+# make speed: the speed table, on this CPU.                 make gpu: profile, kernels and tests on a CUDA card.
 PYTHON ?= python3
 PY := .venv/bin/python
 ifdef SMOKE
@@ -27,10 +27,12 @@ test: .venv/ready
 	AREAM_SLOW=$(SLOW) $(PY) -m pytest -q -rs test_aream.py
 
 speed: .venv/ready
-	$(PY) test_aream.py
+	$(PY) results/speed.py
 
 gpu: .venv/ready
-	$(PY) test_aream.py gpu > results/gpu.md || { code=$$?; rm -f results/gpu.md; exit $$code; }
+	$(PY) train_cls.py --data toy --preset deit_small --pretrained none --size 224 --batch 64 --precision bfloat16 --profile 20
+	$(PY) results/speed.py kernels
+	$(PY) -m pytest -q -rs test_aream.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

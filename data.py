@@ -399,13 +399,14 @@ class COCO(ImageSet):
         return sorted({index for _, index, _ in self.objects[name]})
 
     def mask(self, name):
-        """The objects rasterised; cached as PNG where a cache folder is given."""
-        if self.cache is None:
-            return self.rasterise(name)
-        path = Path(self.cache) / self.split / f"{name}.png"
-        if not path.is_file():
-            write_mask(path, self.rasterise(name))
-        return read_mask(path, len(self.classes))
+        """The objects rasterised, or read where cache_masks() has drawn them."""
+        drawn = self.drawn_mask(name)
+        if drawn and drawn.is_file():
+            return read_mask(drawn, len(self.classes))
+        return self.rasterise(name)
+
+    def drawn_mask(self, name):
+        return Path(self.cache) / self.split / f"{name}.png" if self.cache else None
 
     def cache_masks(self, workers):
         """Rasterise what is missing, in workers; all of it if the annotations changed."""
@@ -417,7 +418,7 @@ class COCO(ImageSet):
         if folder.is_dir() and read_json(made_from, f"delete {folder}") != content:
             shutil.rmtree(folder)
         write_json(made_from, content)
-        missing = [name for name in self.ids if not (folder / f"{name}.png").is_file()]
+        missing = [name for name in self.ids if not self.drawn_mask(name).is_file()]
         loader = DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all)
         for done, _ in enumerate(loader, 1):
             progress(f"{min(64 * done, len(missing))}/{len(missing)} masks rasterised")
@@ -425,7 +426,7 @@ class COCO(ImageSet):
 
     def rasterise_all(self, names):
         for name in names:
-            self.mask(name)
+            write_mask(self.drawn_mask(name), self.rasterise(name))
 
     def rasterise(self, name):
         """(H, W) uint8 mask of an image, objects of fewer pixels over those of more."""
