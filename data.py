@@ -932,13 +932,13 @@ def read_cam(path):
     return class_ids, cam, (H, W)
 
 
-def need_files(folder, ids, suffix, command):
+def need_files(folder, ids, suffix, remedy):
     """Raises FileNotFoundError that counts and names the ids without a file in folder."""
     missing = [name for name in ids if not (folder / f"{name}{suffix}").is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(ids)} files are missing in {folder}: "
                                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; "
-                                f"make them with  {command}")
+                                f"{remedy}")
 
 
 def write_json(path, value):
@@ -1047,9 +1047,13 @@ def read_checkpoint(path, stage, dataset=None, options=None):
     return checkpoint
 
 
-def file_digest(path):
-    """What a file's content is recognised by: the first 16 digits of its SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def file_digest(*paths):
+    """What the content of files is recognised by: 16 digits of their SHA-256."""
+    content = hashlib.sha256()
+    for path in paths:
+        with reading(path, "put it back, as what was made from it is compared with it"):
+            content.update(Path(path).read_bytes())
+    return content.hexdigest()[:16]
 
 
 # Flags that may differ when a run is resumed; and those that may name a file or a folder.
@@ -1061,7 +1065,7 @@ PATHS = {"data", "classes", "masks", "pretrained"}
 def prepare_folder(folder, args, dataset, made_from):
     """Make a stage's folder and its args.json.
 
-    made_from: what -> path of a file. A folder in use needs --resume (same settings, same content
+    made_from: what -> paths of files. A folder in use needs --resume (same settings, same content
     of images, labels and those files, wherever they lie; else ValueError) or --overwrite (its
     files are deleted). Of several processes one does it and the others wait.
     """
@@ -1092,8 +1096,8 @@ def stage_settings(args, dataset, made_from):
             settings[key] = str(value) if isinstance(value, Path) else value
     settings["class_names"] = list(dataset.classes)
     settings["made_from"] = {"images and labels": dataset.fingerprint()}
-    for what, path in made_from.items():
-        settings["made_from"][what] = file_digest(path)
+    for what, paths in made_from.items():
+        settings["made_from"][what] = file_digest(*paths)
     return settings
 
 
@@ -1105,7 +1109,9 @@ def need_same_settings(folder, settings):
     before = read_json(folder / "args.json", "delete the folder to start again")
     was, now = before.get("made_from", {}), settings["made_from"]
     for what in {**was, **now}:
-        if was.get(what) != now.get(what):
+        if what not in now:
+            raise ValueError(f"--resume in {folder} without the {what}: name it again")
+        if was.get(what) != now[what]:
             raise ValueError(f"--resume in {folder}, but the {what} changed since: start again "
                              f"with --overwrite")
     for key, value in settings.items():
@@ -1129,19 +1135,13 @@ def world():
 
 
 def join(device):
-    """Join the other processes, if there are any, and return this one's device."""
-    if world() == 1:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    """Join the other processes, if there are any."""
+    if world() > 1 and not dist.is_initialized():
         # hours, because in stages 2 and 3 the fast processes wait for the slow ones at the end
         cuda = device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12),
                                 device_id=device if cuda else None)
         atexit.register(dist.destroy_process_group)
-    return device
 
 
 def wait_for_all():
@@ -1176,7 +1176,7 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt:
-        print("interrupted; go on with --resume", file=sys.stderr)
+        print("interrupted (stages 1 to 3 go on with --resume)", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # of a reader such as head, who has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1264,12 +1264,15 @@ def resuming_arguments(parser):
 
 def start(args):
     """The device, after checking that it is there; sets the seed, args.out and args.precision."""
-    args.out = Path(args.out or Path("runs") / Path(args.data).resolve().name)
+    args.out, device = Path(args.out or Path("runs") / Path(args.data).resolve().name), None
     try:
         device = torch.device(args.device)
+        if device.type == "cuda" and world() > 1:  # each process has a card of its own
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except Exception as error:  # each backend has its own way to say that it is not there
-        raise ValueError(f"--device {args.device}: not there, or unknown to this torch "
+        raise ValueError(f"--device {device or args.device}: not there, or unknown to this torch "
                          f"({str(error).splitlines()[0]}); use cpu, or cuda with an NVIDIA GPU "
                          "and a CUDA build of torch") from error
     if args.precision == "auto":
@@ -1279,7 +1282,8 @@ def start(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return join(device)
+    join(device)
+    return device
 
 
 def device_name(device):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 
@@ -196,16 +197,16 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         labels = dataset.label_vector(name)[None].to(device)
         shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
 
-        def observe(output):
-            measured.append(measure_layers(output, labels, target, args.rows))
+        def observe(output, size):
+            padded = pad_target(target, output.cam.shape[-2:], size, model.patch)
+            measured.append(measure_layers(output, labels, padded, args.rows))
 
         cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows,
                                 args.beta, args.steps, observe, args.precision)
 
         values = data.mask_value(torch.tensor(class_ids))
-        stacked = torch.stack(list(cams.values())).cpu()  # (variants, K, h, w)
-        stacked = data.bilinear(stacked, target.shape)
-        for variant, cam in zip(variants, stacked):
+        for variant, cam in cams.items():
+            cam = data.bilinear(cam[None].cpu(), target.shape)[0]
             counts[variant] = counts[variant] + threshold_counts(cam, values, target, M)
         if i % 20 == 0:
             data.progress(f"{i}/{len(dataset.ids)}  {i / (time.time() - begin):.1f} images/s")
@@ -213,6 +214,14 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     need_classes(counts["unrefined"].sum((1, 2)), dataset)
     measures = dict(zip(MEASURES, torch.stack(measured).nanmean(0).tolist()))
     return {variant: summarise(c) for variant, c in counts.items()}, measures
+
+
+def pad_target(target, grid, size, patch):
+    """A mask (H, W) with ignored pixels where a view, of grid patches and an image of size (h, w)
+    in it, is padded."""
+    more = [round(side * patches * patch / part) - side
+            for side, patches, part in zip(target.shape, grid, size)]
+    return F.pad(target, [0, more[1], 0, more[0]], value=data.IGNORE)
 
 
 def measure_layers(output, labels, target, rows):
@@ -379,12 +388,14 @@ def draw_layers(path, model, dataset, records, args, device):
     photo = pixels.permute(1, 2, 0).numpy()
     variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
     shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
-    cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants, observe=seen.append,
-                            precision=args.precision)
-    P = seen[0].cam[0, 0].numel()
+    cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants, args.scales, args.rows,
+                            args.beta, args.steps, lambda *observed: seen.append(observed),
+                            args.precision)
+    output, _ = seen[0]
+    P = output.cam[0, 0].numel()
     rows = [[("photo", photo)], [("ground truth", paint(dataset.mask(name)))]]
     for l in chosen:
-        block = aream.patch_block(seen[0].affinity[l][0], P).cpu()
+        block = aream.patch_block(output.affinity[l][0], P).cpu()
         grey = (255 * (block / block.max()).sqrt()).numpy().astype(np.uint8)
         rows[0].append((f"affinity, layer {l}", np.stack([grey] * 3, -1)))
     for variant, cam in cams.items():
@@ -575,8 +586,16 @@ def heading(args, dataset):
 def need_outputs(args, dataset, folder, suffix, settings, command):
     """Files of an earlier stage, all there, and made for the same classes."""
     made = f"python {command} {data.data_flags(args)} --out {data.quoted(args.out)}"
-    data.need_files(folder, dataset.ids, suffix, made)
-    if settings.is_file() and (classes := data.read_json(settings, made).get("class_names")):
+    before = data.read_json(settings, made) if settings.is_file() else {}
+    remedy = f"make them with  {made}"
+    if before and folder == settings.parent:
+        remedy += " --resume"
+        if (before["split"], before["limit"]) != (args.split, args.limit):
+            limit = f" --limit {before['limit']}" if before["limit"] else ""
+            remedy = (f"what is there was made with --split {before['split']}{limit}; make others "
+                      f"in another --out, with a copy of {args.out / 'cls'}")
+    data.need_files(folder, dataset.ids, suffix, remedy)
+    if classes := before.get("class_names"):
         data.need_same_classes(classes, settings, dataset.classes, dataset.source)
 
 

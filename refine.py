@@ -232,7 +232,8 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
     to whole patches and cropped; the maps of all scales are added as they are, so that small
     scales, where attention is shared by fewer patches, count more. rows: of each layer's affinity
     between patches, "plain" or "normalised" to a sum of 1; plain rows sum to less, as patches draw
-    from class tokens too. observe: called with the ViTOutput (B = 2) of the scale nearest to 1.
+    from class tokens too. observe: called with the ViTOutput (B = 2) of the scale nearest to 1,
+    and the size (h, w) that the image has in it, without the padding.
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
@@ -246,7 +247,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
         with data.autocast(pixels.device, precision):
             output = model(padded, "affinity")
         if observe and scale == min(scales, key=lambda s: abs(s - 1)):
-            observe(output)
+            observe(output, (h, w))
         plain = output.cam[:, class_ids]  # (2, K, gh, gw)
         attended = aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
         blocks = [aream.patch_block(a, plain[0, 0].numel()) for a in output.affinity]
@@ -379,7 +380,7 @@ def main(argv=None):
         return profile(model, dataset, args, device)
     cams, masks = args.out / "cam", args.out / "pseudo"
     for folder in (cams, masks):
-        data.prepare_folder(folder, args, dataset, {"classifier": classifier})
+        data.prepare_folder(folder, args, dataset, {"classifier": [classifier]})
 
     # every image that is not there yet; of several processes each takes its share
     def done(name):

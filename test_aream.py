@@ -556,9 +556,10 @@ def test_seed_cams_by_hand(layers, rows):
     model, seen = vit.build("toy", 3).eval(), []
     torch.nn.init.normal_(model.head.weight)  # CAMs that tell the layers' entropies apart
     square = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    got = refine.seed_cams(model, square, [1], {"s": layers}, rows=rows, observe=seen.append)["s"]
+    got = refine.seed_cams(model, square, [1], {"s": layers}, rows=rows,
+                           observe=lambda *observed: seen.append(observed))["s"]
 
-    (output,), both = seen, 0
+    ((output, _),), both = seen, 0
     attended = aream.class_attended_cam(output.cam, output.affinity)[:, 1].flatten(1)
     for view in (0, 1):
         blocks = torch.stack([a[view, 3:, 3:] for a in output.affinity])  # (L, P, P)
@@ -578,9 +579,16 @@ def test_seed_cams_by_hand(layers, rows):
 
 def test_layers_are_observed_at_scale_1():
     model, seen = vit.build("toy", 3).eval(), []
-    square = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    refine.seed_cams(model, square, [1], {"s": ()}, scales=(0.5, 1, 1.5), observe=seen.append)
-    assert [output.cam.shape[-1] for output in seen] == [8]
+    pixels = torch.randint(0, 256, (3, 50, 64), dtype=torch.uint8)
+    refine.seed_cams(model, pixels, [1], {"s": ()}, scales=(0.5, 1, 1.5),
+                     observe=lambda output, size: seen.append((output.cam.shape[-2:], size)))
+    assert seen == [((7, 8), (50, 64))]  # padded to 56 x 64
+
+
+def test_masks_are_padded_as_the_images_are():
+    """At twice the size of the view; what lies below 50 rows of its 56 is ignored."""
+    target = evaluate.pad_target(torch.ones(100, 128), (7, 8), (50, 64), 8)
+    assert target.shape == (112, 128) and (target[:100] == 1).all() and (target[100:] == 255).all()
 
 
 def test_layers_on_the_command_line():
@@ -1042,6 +1050,15 @@ def test_refine_makes_only_what_is_missing(own):
     assert gone.read_bytes() == content and there.stat().st_mtime_ns == when
 
 
+def test_other_images_than_were_refined(own):
+    with refused("4 of 20 files are missing .*; what is there was made with --split train "
+                 "--limit 16; make others in another --out, with a copy of .*cls"):
+        call(evaluate, own.out, "--what cam --limit 20")
+    (own.out / "pseudo" / "toy_train_0003.png").unlink()
+    with refused("1 of 16 files are missing .*python refine.py --split train .* --resume"):
+        own.evaluate("pseudo")
+
+
 def test_refine_resumes_with_the_same_settings_alone(own):
     for flags, message in (("--steps 3", "cam with another --steps"),
                            ("--precision bfloat16", "another --precision"),
@@ -1054,10 +1071,38 @@ def test_refine_resumes_with_the_same_settings_alone(own):
 
 
 def test_deeplab_resumes_with_the_same_masks_alone(own):
-    settings = own.out / "pseudo" / "args.json"
-    settings.write_text(settings.read_text().replace("0.55", "0.5"))
+    data.write_mask(own.out / "pseudo" / "toy_train_0003.png", np.ones((64, 64)))
     with refused("--resume in .*seg, but the pseudo-masks changed since"):
         own.train_seg("--resume")
+
+
+def test_predictions_are_of_the_model_and_settings_that_are_there(own):
+    """A training that goes on replaces what the half-trained model predicted."""
+    predicted = own.out / "pred" / "val" / "toy_val_0001.png"
+    own.train_seg("--epochs 2 --overwrite")
+    last = own.out / "seg" / "last.pt"
+    checkpoint = data.read_checkpoint(last, "seg")
+    data.write_checkpoint(last, {**checkpoint, "epoch": 1})
+    predicted.write_bytes(b"of the first epoch")
+    own.train_seg("--epochs 2 --resume")
+    assert predicted.read_bytes() != b"of the first epoch"
+
+    predicted.unlink()
+    only = "--predict-only --resume"
+    with refused("--resume in .*val with another --scales"):
+        own.train_seg(f"{only} --scales 0.5")
+    own.train_seg(only)
+    assert predicted.is_file()
+    data.write_checkpoint(last, {**checkpoint, "epoch": 2, "extra": 0})
+    with refused("--resume in .*val, but the model changed since"):
+        own.train_seg(only)
+
+
+def test_a_training_does_not_delete_its_own_masks(own):
+    shutil.copytree(own.out / "pseudo", own.out / "pred" / "train")
+    with refused("lies in .*, where training replaces predictions: use another --out"):
+        own.train_seg("--overwrite --masks", own.out / "pred" / "train")
+    assert (own.out / "seg" / "last.pt").is_file()
 
 
 def test_predictions_of_an_earlier_model_are_not_deleted_unasked(own):
@@ -1279,7 +1324,7 @@ def test_predicting_a_split_without_labels(unlabelled_split, tmp_path):
     for name in "ab":
         data.write_mask(tmp_path / "run" / "pseudo" / f"{name}.png", np.full((40, 48), 8))
     train_seg.main([*unlabelled_split, *MOBILENET, "--predict-split", "test"])
-    predicted = (tmp_path / "run" / "pred" / "test").iterdir()
+    predicted = (tmp_path / "run" / "pred" / "test").glob("*.png")
     assert sorted(path.name for path in predicted) == ["c.png", "d.png"]
 
 
@@ -2060,7 +2105,7 @@ def test_ctrl_c_ends_with_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         data.run(interrupted)
     assert left.value.code == 130
-    assert capsys.readouterr().err == "interrupted; go on with --resume\n"
+    assert capsys.readouterr().err == "interrupted (stages 1 to 3 go on with --resume)\n"
 
 
 @pytest.mark.parametrize("flags, first", [("", 7), ("--depth 6", 4), ("--depth 10", 6),
@@ -2129,9 +2174,12 @@ def test_training_resumes_and_branches_to_the_same_bits(tmp_path, flags):
     assert equal(whole, resumed) and equal(whole, branched)
     elsewhere = shutil.copy(warm, tmp_path / "moved.pt")
     train(tmp_path / "branch", f"{flags} --resume --branch-from", elsewhere)
-    for other in ("", f" --branch-from {warm.with_name('last.pt')}"):
-        with refused("--resume in .*branch.cls, but the checkpoint to branch from changed since"):
-            train(tmp_path / "branch", f"{flags} --resume{other}")
+    for other, message in (
+            ("", "without the checkpoint to branch from: name it again"),
+            (f"--branch-from {warm.with_name('last.pt')}", "the checkpoint to .* changed since"),
+            (f"--branch-from {tmp_path / 'gone.pt'}", "no file .*gone.pt: put it back")):
+        with refused(message):
+            train(tmp_path / "branch", f"{flags} --resume {other}")
     assert (whole["entropy"] is not None) == ("static" in flags)
     if "static" in flags:
         assert torch.equal(whole["entropy"], resumed["entropy"])
@@ -2216,7 +2264,7 @@ def test_a_full_disk_loses_nothing(tmp_path, capfd):
         call(stage, out, flags)  # there is room again
     assert equal(whole, data.read_checkpoint(last, "cls"))
     assert len(list((out / "pseudo").glob("*.png"))) == 16
-    assert len(list((out / "pred" / "val").glob("*"))) == 16
+    assert len(list((out / "pred" / "val").glob("*.png"))) == 16
 
 
 KILLED = {  # stage -> its program, its flags, what it needs, the pictures it leaves

@@ -397,7 +397,7 @@ def main(argv=None):
     first, entropy = restore(model, optimizer, args, dataset, folder)
     if args.profile:
         return profile(model, optimizer, loader, args, coupling, device)
-    made_from = {"checkpoint to branch from": args.branch_from} if args.branch_from else {}
+    made_from = {"checkpoint to branch from": [args.branch_from]} if args.branch_from else {}
     data.prepare_folder(folder, args, dataset, made_from)
     data.go_on(folder, first)
     plain_types = (int, float, str, type(None))

@@ -236,8 +236,8 @@ def train_one_epoch(net, optimizer, loader, args, epoch, device):
         with data.autocast(device, args.precision):
             logits = net(data.normalise(pixels))["out"]
         labelled = data.sum_over_all((mask != data.IGNORE).sum()).clamp_min(1)
-        loss = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="sum")
-        loss = loss * data.world() / labelled
+        each = F.cross_entropy(logits.float(), mask, ignore_index=data.IGNORE, reduction="none")
+        loss = each.sum() * data.world() / labelled  # on CUDA torch's own sum is not deterministic
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -291,8 +291,16 @@ def predict_photograph(net, pixels, scales, args, device):
 def predict_split(net, dataset, scales, args, device):
     """Predict what is not there yet; of several processes each takes its share."""
     net.eval()
+    torch.backends.cudnn.benchmark = False  # nearly every photograph has a size of its own
     folder, begin = args.out / "pred" / dataset.split, time.time()
-    data.remove_half_written(folder)
+    if not data.rank():
+        model = data.file_digest(args.out / "seg" / "last.pt")
+        settings = {"scales": scales, "max_side": args.max_side, "precision": args.precision,
+                    "made_from": {"model": model}}
+        if folder.is_dir():
+            data.need_same_settings(folder, settings)
+            data.remove_half_written(folder)
+        data.write_json(folder / "args.json", settings)
     data.wait_for_all()
     share = dataset.ids[data.rank()::data.world()]
     todo = [name for name in share if not (folder / f"{name}.png").is_file()]
@@ -342,7 +350,7 @@ def restore(net, optimizer, args, dataset, folder, classifier):
 
 def check_masks(dataset, masks, options):
     """An error where a folder holds no masks to train on: none, ground truth, no class."""
-    data.need_files(masks, dataset.ids, ".png", f"python refine.py {options}")
+    data.need_files(masks, dataset.ids, ".png", f"make them with  python refine.py {options}")
     if is_ground_truth(dataset, masks):
         raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly "
                          f"supervised; give the pseudo-masks of refine.py")
@@ -371,7 +379,13 @@ def main(argv=None):
         return segment_photos(args, device)
     if args.predict_only:
         return predict_again(args, device)
-    folder, masks = args.out / "seg", args.masks or args.out / "pseudo"
+    folder, pred, masks = args.out / "seg", args.out / "pred", args.masks or args.out / "pseudo"
+    if {folder.resolve(), pred.resolve()} & {masks.resolve(), *masks.resolve().parents}:
+        raise ValueError(f"--masks {masks} lies in {args.out}, where training replaces "
+                         f"predictions: use another --out")
+    if device.type == "cpu" and args.batch < 2 * data.world():
+        raise ValueError(f"--batch {args.batch} for {data.world()} processes: each needs two "
+                         f"images, for the batch normalisation of pooled features")
 
     # data
     dataset = data.open_split(args, args.split)
@@ -395,17 +409,16 @@ def main(argv=None):
     first = restore(net, optimizer, args, dataset, folder, classifier)
 
     # folders
-    made_from = {"classifier": path} if classifier else {}
-    if (masks / "args.json").is_file():
-        made_from["pseudo-masks"] = masks / "args.json"
-    outdated = first == 0 and (args.out / "pred").is_dir()  # predictions of an earlier model
-    if outdated and not args.overwrite:
-        raise ValueError(f"{args.out / 'pred'} holds predictions, but {folder} no model that made "
-                         "them: replace them with --overwrite, or choose another --out")
+    if first == 0 and pred.is_dir() and not args.overwrite:
+        raise ValueError(f"{pred} holds predictions, but {folder} no model that made them: replace "
+                         f"them with --overwrite, or choose another --out")
+    made_from = {"pseudo-masks": [masks / f"{name}.png" for name in dataset.ids]}
+    if classifier:
+        made_from["classifier"] = [path]
     data.prepare_folder(folder, args, dataset, made_from)
     data.go_on(folder, first)
-    if outdated and not data.rank():
-        shutil.rmtree(args.out / "pred")
+    if first < args.epochs and not data.rank():  # what an earlier or half-trained model predicted
+        shutil.rmtree(pred, ignore_errors=True)
     data.wait_for_all()
     config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes),
               "classifier": classifier and classifier["config"], "scales": args.scales}
