@@ -1,8 +1,8 @@
 """Stage 3: a torchvision DeepLab trained on pseudo-masks, and its predictions.
 
 Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; or, trained, any --photos.
-Writes <out>/seg/{args.json, log.jsonl, last.pt} and <out>/pred/<split>/<image>.png; of photographs
-       <out>/photos/<name>.png (the mask) and .overlay.jpg (the mask over the photograph).
+Writes <out>/seg/{args.json, log.jsonl, last.pt}, <out>/pred/<split>/{args.json, <image>.png}; of
+       photographs <out>/photos/<name>.png (the mask) and .overlay.jpg (the mask laid over them).
 Run    python train_seg.py --data VOC2012                   (after refine.py)
 Expect on one CPU core, deeplabv3_vit of DeiT-Tiny, 224 px, bfloat16: 13 images/s.
 """
