@@ -27,11 +27,11 @@ test: .venv/ready
 	AREAM_SLOW=$(SLOW) $(PY) -m pytest -q -rs test_aream.py
 
 speed: .venv/ready
-	$(PY) results/speed.py
+	$(PY) test_aream.py
 
 gpu: .venv/ready
 	$(PY) train_cls.py --data toy --preset deit_small --pretrained none --size 224 --batch 64 --precision bfloat16 --profile 20
-	$(PY) results/speed.py kernels
+	$(PY) test_aream.py kernels
 	$(PY) -m pytest -q -rs test_aream.py
 
 .venv/ready: requirements.txt
