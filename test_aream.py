@@ -2530,13 +2530,15 @@ def test_a_step_on_a_card_is_the_cpus(labels):
 @cuda
 def test_a_card_gives_the_same_bits_again(tmp_path):
     """In processes of their own, as cuBLAS is set up once."""
-    flags = f"--data toy --device cuda --deterministic {SMALL} --out".split()
-    checkpoints = []
+    common = "--data toy --device cuda --deterministic --limit 16".split()
     for turn in "ab":
-        program = [sys.executable, HERE / "train_cls.py", *flags, tmp_path / turn]
-        subprocess.run(program, check=True, capture_output=True)
-        checkpoints.append(data.read_checkpoint(tmp_path / turn / "cls" / "last.pt", "cls"))
-    assert equal(*checkpoints)
+        for stage, flags in (("train_cls.py", SMALL), ("refine.py", ""),
+                             ("train_seg.py", "--batch 8 --epochs 1")):
+            program = [sys.executable, HERE / stage, *common, *flags.split()]
+            subprocess.run([*program, "--out", tmp_path / turn], check=True, capture_output=True)
+    for stage in ("cls", "seg"):
+        assert equal(*(data.read_checkpoint(tmp_path / turn / stage / "last.pt", stage)
+                       for turn in "ab"))
 
 
 # -------------------------------------------------------------------------------------------------
