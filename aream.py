@@ -4,13 +4,18 @@ Pure functions from tensors to tensors: first what makes a step's labels, then i
 Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens; S^l is the affinity
 of layer l, S[m, n] how much token m draws from token n. Where no class tokens are needed, its
 patch-to-patch block (B, P, P) will do.
+
+The maps of a class, (B, C, gh, gw):
+    cam         relu of the ViT's patch map ("patch map alone" in tables)
+    attended    cam times class-to-patch attention, MCTformer-V2's CAM ("unrefined" in tables)
+    guided      (mean of w^l S^l over the guide layers) @ attended; makes the labels of the loss
+    refined     (mean of S^l over chosen layers) @ attended; what stage 2 makes masks of
 """
 import math
 
 import torch
 import torch.nn.functional as F
 
-REACTIVATION = ("entropy", "uniform", "none")
 IGNORE = 255  # undecided, in masks and pair labels
 TIE = 0.01  # bits: where all layers lie within, none is told from another
 
@@ -46,23 +51,28 @@ def layer_entropy(cam, affinity, labels):
     return -(log_prob.exp() * log_prob).sum(-1) / math.log(2)
 
 
-def reactivation_weights(entropy, kind="entropy"):
-    """Weights w (re-activation, the guide's) and w_hat (counterpart, the loss's), (..., L).
-
-    entropy (..., L) bits. kind "entropy": w_hat = e, w = 1 - e with e the entropy min-max
-    normalised over layers (zeros if they tie, within 0.01 bits: rounding would decide otherwise);
-    "uniform": both 1; "none": w 1, w_hat 0 (a plain average, no loss). ValueError otherwise.
-    """
-    ones = torch.ones_like(entropy)
-    if kind == "uniform":
-        return ones, ones.clone()
-    if kind == "none":
-        return ones, torch.zeros_like(entropy)
-    if kind != "entropy":
-        raise ValueError(f"reactivation {kind!r}: use one of {', '.join(REACTIVATION)}")
+def entropy_weights(entropy):
+    """w = 1 - e, w_hat = e; e is the entropy min-max normalised over layers, zeros if they tie."""
     low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
     e = torch.where(high - low > TIE, (entropy - low) / (high - low).clamp_min(TIE), 0.0)
     return 1 - e, e
+
+
+REACTIVATION = {  # name -> function of entropy (..., L) in bits -> w, w_hat (..., L)
+    "entropy": entropy_weights,
+    "uniform": lambda entropy: (torch.ones_like(entropy), torch.ones_like(entropy)),
+    "none": lambda entropy: (torch.ones_like(entropy), torch.zeros_like(entropy)),
+}
+
+
+def reactivation_weights(entropy, kind="entropy"):
+    """Weights w (re-activation, the guide's) and w_hat (counterpart, the loss's), (..., L).
+
+    entropy (..., L) bits. kind: a name in REACTIVATION, ValueError otherwise.
+    """
+    if kind not in REACTIVATION:
+        raise ValueError(f"reactivation {kind!r}: use one of {', '.join(REACTIVATION)}")
+    return REACTIVATION[kind](entropy)
 
 
 def coupled_layers(layers, coupling="all", deep_from=7):
@@ -91,6 +101,12 @@ def class_attended_cam(cam, affinity):
     return cam * drawn.unflatten(2, cam.shape[-2:])
 
 
+def mean_affinity(blocks, layers, w=None):
+    """Mean over layers of w^l S^l: L blocks (B, P, P), layer indices, w (B, L) -> (B, P, P)."""
+    chosen = [blocks[l] if w is None else w[:, l, None, None] * blocks[l] for l in layers]
+    return sum(chosen) / len(chosen)
+
+
 def guided_cam(cam, affinity, w, guide):
     """The CAM refined by the re-activation-weighted mean affinity of the guide layers.
 
@@ -99,9 +115,8 @@ def guided_cam(cam, affinity, w, guide):
     class_attended_cam.
     """
     P = cam.shape[-2] * cam.shape[-1]
-    w = w.expand(len(cam), -1)
-    weighted = [w[:, l, None, None] * patch_block(affinity[l], P) for l in guide]
-    mean = sum(weighted) / len(guide)  # (B, P, P)
+    blocks = [patch_block(a, P) for a in affinity]
+    mean = mean_affinity(blocks, guide, w.expand(len(cam), -1))
     return propagate(mean, class_attended_cam(cam, affinity))
 
 

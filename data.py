@@ -772,12 +772,9 @@ def enlarge(mask, size):
 @contextmanager
 def seeded(seed):
     """Random transforms inside depend on seed alone, not on what ran before."""
-    before = torch.get_rng_state()  # a GPU's generator, on which drop-path depends, is left alone
-    torch.default_generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):  # a GPU's generator, for drop-path, is left alone
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(before)
 
 
 class EpochSampler(DistributedSampler):
@@ -1115,7 +1112,7 @@ def need_same_settings(folder, settings):
             raise ValueError(f"--resume in {folder}, but the {what} changed since: start again "
                              f"with --overwrite")
     for key, value in settings.items():
-        if before.get(key) != value:
+        if before.get(key, value) != value:  # a flag that was not there then does not matter
             raise ValueError(f"--resume in {folder} with another --{key.replace('_', '-')}: it "
                              f"was {before.get(key)!r}, now {value!r}; repeat the settings or use "
                              "another --out")
@@ -1197,7 +1194,7 @@ def run(main):
 
 
 def was_raised_here(lines):
-    """Whether a traceback ends at a raise of this project, be it in a loader's worker."""
+    """Whether a traceback ends at a raise of this project; that of a loader's worker is text."""
     last = max(i for i, line in enumerate(lines) if line.startswith('  File "'))
     file = Path(lines[last].split('"')[1])  # not in .venv, which may lie in the same folder
     return file.parent == Path(__file__).parent and lines[last + 1].strip().startswith("raise")

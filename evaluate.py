@@ -29,7 +29,7 @@ import data
 import refine
 
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
-FIXED = 45  # index of the fixed threshold: the middle of the pseudo-labels' band, never tuned
+FIXED = 45  # index of the fixed threshold: the middle of refine.LOW and HIGH, never tuned
 FIXED_THRESHOLD = FIXED / 100
 MEASURES = ("entropy", "distance", "top", "objects", "background", "w_hat")  # of a layer
 
@@ -74,15 +74,17 @@ def scores(confusion, unlabelled=None):
 def threshold_counts(cam, values, target, num_classes):
     """The counts from which every background threshold's confusion matrix follows.
 
-    cam (K, H, W) in [0, 1], values (K,) mask values, target (H, W). Returns (M, M, T + 1) int64:
-    target class, winning foreground class, number of THRESHOLDS that the winner's score exceeds.
+    cam (K, H, W) in [0, 1], values (K,) mask values, target (H, W). Returns (M, M, T + 1) int64,
+    T = len(THRESHOLDS): target class, winning foreground class, number of THRESHOLDS that the
+    winner's score exceeds.
     """
     score, winner = cam.max(0)
     valid = target != data.IGNORE
     exceeded = torch.bucketize(score[valid], THRESHOLDS)  # how many thresholds are < score
-    T = len(THRESHOLDS) + 1
-    index = (target[valid].long() * num_classes + values[winner[valid]]) * T + exceeded
-    return torch.bincount(index, minlength=num_classes**2 * T).view(num_classes, num_classes, T)
+    bins = len(THRESHOLDS) + 1
+    index = (target[valid].long() * num_classes + values[winner[valid]]) * bins + exceeded
+    counts = torch.bincount(index, minlength=num_classes**2 * bins)
+    return counts.view(num_classes, num_classes, bins)
 
 
 def curve(counts):
@@ -90,9 +92,9 @@ def curve(counts):
 
     At threshold t a pixel takes its winning class if that scores above t, else background.
     """
-    # pixels whose score exceeds threshold t, sums from the right: (T, M, M)
+    # who exceeds threshold t exceeds more than t thresholds: sums from the right, (T, M, M)
     above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)
-    confusion = above.clone()
+    confusion = above.clone()  # no winner is the background: column 0 is for all the others
     confusion[:, :, 0] += counts.sum((1, 2)) - above.sum(2)
     return confusion
 
@@ -182,7 +184,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     Figure 1; "unrefined" is the patch map times the class tokens' attention), and measures: lists
     over the layers, means over the images (Figure 3): "entropy" in bits (aream.layer_entropy),
     "distance" (aream.row_distance), "top" (aream.top_share), "objects" and "background" (the share
-    of such patches' attention that class tokens get), "w_hat" (aream.reactivation_weights).
+    of such patches' attention that class tokens get), "w_hat" (what --reactivation entropy gives).
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     every = (*shallow, *deep)
@@ -217,15 +219,21 @@ def evaluate_layers(dataset, model, deep_from, args, device):
 
 
 def pad_target(target, grid, size, patch):
-    """A mask (H, W) with ignored pixels where a view, of grid patches and an image of size (h, w)
-    in it, is padded."""
-    more = [round(side * patches * patch / part) - side
-            for side, patches, part in zip(target.shape, grid, size)]
-    return F.pad(target, [0, more[1], 0, more[0]], value=data.IGNORE)
+    """A mask (H, W), extended to the right and below by ignored pixels as its view was padded.
+
+    grid (gh, gw): patches of the view; size (h, w): the pixels of it that show the image.
+    """
+    (H, W), (gh, gw), (h, w) = target.shape, grid, size
+    below, right = round(H * gh * patch / h) - H, round(W * gw * patch / w) - W
+    return F.pad(target, [0, right, 0, below], value=data.IGNORE)
 
 
 def measure_layers(output, labels, target, rows):
-    """The MEASURES of each layer, with such rows, first image, of mask target (H, W) -> (6, L)."""
+    """MEASURES of each layer, (6, L), of the first image of output (the one not mirrored).
+
+    labels (1, C); target (H, W): its mask, padded as it is; rows: "plain" or "normalised", of all
+    measures but "objects" and "background".
+    """
     grid = output.cam.shape[-2:]
     blocks = torch.cat([aream.patch_block(a[:1], math.prod(grid)) for a in output.affinity])
     patch = aream.patch_label(target[None], grid)[0]  # (P,)
@@ -455,14 +463,14 @@ def spread(values, form=".1f"):
     return f"{np.mean(values):{form}}{several}"
 
 
-def seed_cell(runs, column):
+def cam_cell(runs, column):
     """Seed mIoU of runs at the fixed threshold, and in brackets the mean of the best ones."""
     rows = [run["table"][column] for run in runs]
     best = np.mean([row["best"] for row in rows])
     return f"{spread([row['fixed'] for row in rows])} ({best:.1f})"
 
 
-SEED_COLUMNS = ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers")
+CAM_COLUMNS = ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers")
 
 
 def numbers(run):
@@ -471,7 +479,7 @@ def numbers(run):
     if "map" in run:
         found["class mAP"] = run["map"]
     if "table" in run:
-        found.update({column: run["table"][column]["fixed"] for column in SEED_COLUMNS})
+        found.update({column: run["table"][column]["fixed"] for column in CAM_COLUMNS})
     if "pseudo" in run:
         found.update({"labelled pixels": run["pseudo"]["labelled"],
                       "all pixels": run["pseudo"]["all"], "undecided": run["pseudo"]["undecided"]})
@@ -485,8 +493,8 @@ def study_cells(runs):
     cells, each = {"seeds": str(len(runs))}, [numbers(run) for run in runs]
     for column in each[0]:
         if all(column in found for found in each):
-            seeds = column in SEED_COLUMNS
-            cells[column] = seed_cell(runs, column) if seeds else spread([f[column] for f in each])
+            cells[column] = (cam_cell(runs, column) if column in CAM_COLUMNS
+                             else spread([found[column] for found in each]))
     if all("table" in run for run in runs):
         correlations = [rank_correlation(run["table"], run["measures"], "fixed") for run in runs]
         cells["entropy ~ mIoU"] = spread(correlations, "+.2f")
@@ -702,7 +710,7 @@ def show_demo(dataset, args, device):
         return found[-1]
 
     runs = [[last(out, "layers")] for out in (args.before, args.out)]
-    rows = [[f"CAM, {name}", *(seed_cell(run, name) for run in runs)]
+    rows = [[f"CAM, {name}", *(cam_cell(run, name) for run in runs)]
             for name in ("unrefined", "shallow layers", "deep layers", "all layers")]
     pseudo, pred = last(args.out, "pseudo"), last(args.out, "pred")
     rows.append(["pseudo-masks, labelled pixels", "", f"{pseudo['labelled']:.1f}"])

@@ -9,6 +9,7 @@ N = C + P tokens.
 """
 import math
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ DEIT_URLS = {
     "deit_small": "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
     "deit_base": "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth",
 }
+DEIT_NAMES = {"class_tokens": "cls_token", "class_pos_embed": "pos_embed",
+              "patch_pos_embed": "pos_embed"}  # ours -> theirs; all others are the same
 
 
 class ViTOutput(NamedTuple):
@@ -66,7 +69,7 @@ class Attention(nn.Module):
             q_all, k_all = qkv[:, :, 0].flatten(2), qkv[:, :, 1].flatten(2)  # (B, N, D)
             logits = (q_all @ k_all.transpose(-2, -1)).float() * (scale / self.heads)
         if affinity is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            attended = prob.to(v.dtype) @ v  # no graph is needed; a GPU's fused one is faster
+            attended = prob.to(v.dtype) @ v  # what is there; a GPU's fused one is faster still
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).reshape(B, N, D)), affinity, logits
@@ -80,10 +83,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential()
-        self.mlp.fc1 = nn.Linear(dim, 4 * dim)
-        self.mlp.act = nn.GELU()
-        self.mlp.fc2 = nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x, capture=False):
@@ -91,17 +92,6 @@ class Block(nn.Module):
         x = x + self.drop_path(attended)
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x, affinity, logits
-
-
-class PatchEmbed(nn.Module):
-    """A convolution, of the name that it has in DeiT's files."""
-
-    def __init__(self, dim, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
-
-    def forward(self, images):
-        return self.proj(images)
 
 
 class ViT(nn.Module):
@@ -114,7 +104,7 @@ class ViT(nn.Module):
         super().__init__()
         self.num_classes, self.patch, self.dim = num_classes, patch, dim
         self.pos_grid = (image_size // patch, image_size // patch)  # of patch_pos_embed
-        self.patch_embed = PatchEmbed(dim, patch)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch, stride=patch)))
         self.class_tokens = nn.Parameter(torch.zeros(1, num_classes, dim))
         self.class_pos_embed = nn.Parameter(torch.zeros(1, num_classes, dim))
         self.patch_pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.pos_grid), dim))
@@ -270,8 +260,7 @@ def load_pretrained(model, source):
 
     weights = {"head.weight": own["head.weight"], "head.bias": own["head.bias"]}
     for key in [key for key in own if key not in weights]:
-        deit = {"class_tokens": "cls_token", "class_pos_embed": "pos_embed",
-                "patch_pos_embed": "pos_embed"}.get(key, key)
+        deit = DEIT_NAMES.get(key, key)
         if deit not in found:
             raise ValueError(f"{name} does not hold weights for {model.preset}: it has no "
                              f"{deit!r} (its first keys: {', '.join(list(found)[:3])}); {remedy}")

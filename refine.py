@@ -19,6 +19,7 @@ import aream
 import data
 import model as vit
 
+LOW, HIGH = 0.35, 0.55  # background scores of a pseudo-label
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 DISTANCE_WEIGHT = 0.01  # of the distances, beside the colours' 1
@@ -122,10 +123,11 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
 # Random walk
 # -------------------------------------------------------------------------------------------------
 def random_walk(score, affinity, beta=1.0, steps=1):
-    """Spread a score along an affinity: T^steps score with T the row-normalised affinity^beta.
+    """Spread a score along an affinity.
 
-    One step with beta 1 is the plain propagation of the paper, aream.propagate, with the rows as
-    they are. score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
+    One step with beta 1 is the paper's plain propagation, with the rows as they are. Anything else
+    is T^steps score, where T is affinity^beta with every row divided by its sum. score (B, K, gh,
+    gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
     """
     if steps < 0 or beta <= 0:
         raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
@@ -142,24 +144,24 @@ def random_walk(score, affinity, beta=1.0, steps=1):
 # Pseudo-labels
 # -------------------------------------------------------------------------------------------------
 def present_classes(labels):
-    """labels (B, C) in {0, 1} -> class indices (B, K), own ones first; which are own (B, K).
+    """The classes of each image, filled up to one number K for the batch.
 
-    K is the most classes that an image of the batch has (at least 1): what a batch costs does not
-    grow with C.
+    labels (B, C) in {0, 1}. Returns class indices (B, K), present ones first, and (B, K) in {0, 1}
+    which of them are present. K is the most classes that an image has (at least 1): what a batch
+    costs does not grow with C.
     """
     present, class_ids = labels.topk(max(1, int(labels.sum(1).max())), dim=1)
     return class_ids, present
 
 
-def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iterations=ITERATIONS,
+def pseudo_label(images, cam, class_ids, present, low=LOW, high=HIGH, iterations=ITERATIONS,
                  dilations=DILATIONS):
     """Confident labels from a CAM, with a band of 255 between a low and a high background score.
 
     images (B, 3, H, W) in [0, 1]; cam (B, K, h, w) in [0, 1], any size; class_ids, present (B, K):
-    present_classes. Returns (B, H, W) int64 in {0, 1..C, 255}: foreground where it wins against
-    the high background score, background where that wins already against the low one, 255
-    elsewhere. Both scores are refined together, at half size, by so many iterations of PAR with
-    such dilations.
+    present_classes. Returns (B, H, W) int64: a class 1..C where it beats even the high background
+    score, 0 where even the low one beats every class, else 255, undecided. Both are refined
+    together, at half size, by so many iterations of PAR with such dilations.
     """
     if not 0 <= low <= high <= 1:
         raise ValueError(f"background scores low {low}, high {high}: 0 <= low <= high <= 1")
@@ -169,7 +171,7 @@ def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iteration
     cam = cam.masked_fill(present[..., None, None] == 0, float("-inf"))
 
     # softmax over background and classes; the classes' scores alone, for both background scores
-    background = [torch.full_like(cam[:, :1], beta) for beta in (low, high)]
+    background = [torch.full_like(cam[:, :1], value) for value in (low, high)]
     prob = [torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background]
     score = torch.cat(prob, 1)  # (B, 2 K, h, w)
     small = data.bilinear(images.float(), half)
@@ -190,12 +192,14 @@ def pseudo_label(images, cam, class_ids, present, low=0.35, high=0.55, iteration
     return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
 
 
-def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIONS,
-                dilations=DILATIONS):
-    """One image: (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}."""
+def pseudo_mask(pixels, class_ids, cam, **settings):
+    """One image: (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}.
+
+    settings: low, high, iterations, dilations of pseudo_label.
+    """
     class_ids = torch.as_tensor(class_ids).to(cam.device, non_blocking=True)[None]
     images, present = pixels[None].float() / 255, torch.ones_like(class_ids)
-    return pseudo_label(images, cam[None], class_ids, present, low, high, iterations, dilations)[0]
+    return pseudo_label(images, cam[None], class_ids, present, **settings)[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -203,10 +207,10 @@ def pseudo_mask(pixels, class_ids, cam, low=0.35, high=0.55, iterations=ITERATIO
 # -------------------------------------------------------------------------------------------------
 def parse_layers(text, depth):
     """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> layer indices; or "entropy"."""
-    if text == "entropy":
-        return text
     if text in ("all", "none"):
         return tuple(range(depth)) if text == "all" else ()
+    if text in aream.REACTIVATION:
+        return text
     try:
         layers = []
         for part in text.split(","):
@@ -227,7 +231,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
 
     pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean
     affinity refines (empty: the class-attended CAM as it is; None: the patch map without the class
-    tokens' attention; "entropy": all layers, each with the re-activation weight 1 - e that its
+    tokens' attention; a name of aream.REACTIVATION: all layers, each with the weight w that its
     plain rows have in this view of the image). Every scale is seen with its mirror image, padded
     to whole patches and cropped; the maps of all scales are added as they are, so that small
     scales, where attention is shared by fewer patches, count more. rows: of each layer's affinity
@@ -260,15 +264,13 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
                 cam = plain
             elif not layers:
                 cam = attended
-            elif layers == "entropy":
+            elif layers in aream.REACTIVATION:
                 entropy = aream.layer_entropy(plain, output.affinity, present)
-                w_layers, _ = aream.reactivation_weights(entropy)
-                # not divided by the number of layers, as min-max removes it
-                weighted = sum(w[:, None, None] * block for w, block in zip(w_layers.T, blocks))
-                cam = random_walk(attended, weighted, beta, steps)
-            else:
-                mean = sum(blocks[l] for l in layers) / len(layers)
+                weights, _ = aream.reactivation_weights(entropy, layers)
+                mean = aream.mean_affinity(blocks, range(len(blocks)), weights)
                 cam = random_walk(attended, mean, beta, steps)
+            else:
+                cam = random_walk(attended, aream.mean_affinity(blocks, layers), beta, steps)
             cam = data.bilinear(cam, padded.shape[-2:])[..., :h, :w]
             cam = cam[:1] + cam[1:].flip(-1)
             total[name] = total[name] + data.bilinear(cam, quarter)
@@ -302,23 +304,32 @@ def refining_arguments(parser):
         help="of each layer's affinity between patches: as they are (default, the release's), or "
              "normalised, so that what patches draw from class tokens does not count")
     add("--beta", type=data.number(float, 0.01), default=1.0,
-        help="random walk: power of the affinity (default 1)")
+        help="random walk: power of the affinity (default 1; others, and more steps, normalise its "
+             "rows)")
     add("--steps", type=data.number(int, 0), default=1,
         help="random walk: number of steps (default 1, the paper's plain propagation)")
     add("--max-side", type=data.number(int, 16), metavar="PX",
         help="shrink larger photographs (default: 50 patches, 800 px for DeiT)")
 
 
-def band_arguments(add):
-    add("--low", type=data.number(float, 0, 1), default=0.35,
-        help="low background score of the pseudo-labels (default 0.35)")
-    add("--high", type=data.number(float, 0, 1), default=0.55,
-        help="high background score; between the two lies the band of 255 (default 0.55)")
+def mask_arguments(add):
+    add("--low", type=data.number(float, 0, 1), default=LOW,
+        help=f"low background score of the pseudo-labels (default {LOW})")
+    add("--high", type=data.number(float, 0, 1), default=HIGH,
+        help=f"high background score; between the two lies the band of 255 (default {HIGH})")
+    add("--par-iterations", type=data.number(int, 0), default=ITERATIONS, metavar="N",
+        help="of the pixel-adaptive refinement (default 10)")
+    add("--par-dilations", type=data.number(int, 1), nargs="+", default=list(DILATIONS),
+        metavar="N",
+        help="how far its neighbours are, in pixels at half size (default 1 2 4 8 12 24)")
 
 
-def check_band(args):
+def mask_settings(args):
+    """The settings of pseudo_label on a command line."""
     if args.low > args.high:
         raise ValueError(f"--low {args.low} is above --high {args.high}")
+    return dict(low=args.low, high=args.high, iterations=args.par_iterations,
+                dilations=args.par_dilations)
 
 
 def parse_args(argv=None):
@@ -338,15 +349,10 @@ def parse_args(argv=None):
     add("--layers", default="all",
         help="whose mean affinity refines: all (default), none, like 0-6, or entropy: all, times "
              "1 - e")
-    band_arguments(add)
-    add("--par-iterations", type=data.number(int, 0), default=ITERATIONS, metavar="N",
-        help="of the pixel-adaptive refinement (default 10)")
-    add("--par-dilations", type=data.number(int, 1), nargs="+", default=list(DILATIONS),
-        metavar="N",
-        help="how far its neighbours are, in pixels at half size (default 1 2 4 8 12 24)")
+    mask_arguments(add)
     args = parser.parse_args(argv)
     args.split = args.split or data.training_split(args.data)
-    check_band(args)
+    mask_settings(args)  # looks at them before anything is read or written
     if args.labels and not args.photos:
         parser.error("--labels goes with --photos; the labels of a data set come with it")
     return args
@@ -360,8 +366,7 @@ def refine_image(model, pixels, class_ids, args):
         cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows, args.beta,
                         args.steps, precision=args.precision)["seed"]
     with record_function("PAR"):
-        mask = pseudo_mask(shrunk, class_ids, cam, args.low, args.high, args.par_iterations,
-                           args.par_dilations)
+        mask = pseudo_mask(shrunk, class_ids, cam, **mask_settings(args))
     return cam, data.enlarge(mask, pixels.shape[-2:])
 
 

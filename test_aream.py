@@ -532,8 +532,9 @@ def test_pseudo_labels_with_other_dilations():
     """A spot of the CAM on a plain image spreads as far as the neighbours are."""
     image, cam = torch.full((3, 64, 64), 128, dtype=torch.uint8), torch.zeros(1, 64, 64)
     cam[:, 28:36, 28:36] = 1
-    reached = [(refine.pseudo_mask(image, [0], cam, 0.05, 0.05, 2, dilations) == 1).sum()
-               for dilations in ((1,), (4,))]
+    settings = dict(low=0.05, high=0.05, iterations=2)
+    reached = [(refine.pseudo_mask(image, [0], cam, **settings, dilations=far) == 1).sum()
+               for far in ((1,), (4,))]
     assert reached[0] < reached[1]
     with refused("dilations \\[0\\]"):
         refine.pseudo_mask(image, [0], cam, dilations=[0])
@@ -814,7 +815,7 @@ def test_labels_with_static_entropy():
     _, pixels, labels = toy_batch(3)
     views = train_cls.label_pass(vit.build("toy", 6, depth=4), pixels, "float32")
     entropy = torch.tensor([1.0, 2, 3, 5])
-    _, w_hat, _ = train_cls.make_labels(views, pixels, labels, range(4), entropy=entropy)
+    _, w_hat = train_cls.make_labels(views, pixels, labels, range(4), static_entropy=entropy)
     assert w_hat.tolist() == [[0, 0.25, 0.5, 1]] * 3
 
 
@@ -973,7 +974,7 @@ def test_what_is_decayed_and_how_fast_it_learns():
 
 def test_layers_are_scored_and_drawn(finished):
     record = data.read_json(finished.out / "layers.json", "")
-    rows = {"all, weighted", "layer 0", "layer 1", "layer 2", *evaluate.SEED_COLUMNS}
+    rows = {"all, weighted", "layer 0", "layer 1", "layer 2", *evaluate.CAM_COLUMNS}
     assert set(record["table"]) == rows
     measures = record["measures"]
     assert all(len(measures[measure]) == 3 for measure in evaluate.MEASURES)
@@ -1162,7 +1163,7 @@ def test_a_studys_tables_by_hand(tmp_path, capsys):
     records = []
     for row, scores in (("none", (40, 44)), ("uniform", (50, 56))):
         for seed, miou in enumerate(scores):
-            names = [*evaluate.SEED_COLUMNS, "layer 0", "layer 1"]
+            names = [*evaluate.CAM_COLUMNS, "layer 0", "layer 1"]
             table = {name: {"fixed": miou, "best": miou + 1} for name in names}
             table["layer 1"] = {"fixed": miou - 5, "best": miou}
             records.append({"row": f"reactivation/{row}", "seed": str(seed), "map": 80.0,

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 import aream
 import data
 import model as vit
-from refine import band_arguments, check_band, present_classes, pseudo_label
+from refine import mask_arguments, mask_settings, present_classes, pseudo_label
 
 DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10,
                 pretrained="auto", drop_path=0.1, affinity_weight=0.1)
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--labels", choices=("two-views", "shared"), default="two-views",
         help="pair labels come from an extra pass over image and mirror image (default), or from "
              "the training pass itself")
-    band_arguments(add)
+    mask_arguments(add)
     args = parser.parse_args(argv)
 
     for key, value in {**DEFAULTS, **RECIPES.get(args.data, {})}.items():
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     if args.size % vit.PRESETS[args.preset]["patch"]:
         parser.error(f"--size {args.size}: not a multiple of the patch size "
                      f"{vit.PRESETS[args.preset]['patch']}")
-    check_band(args)
+    mask_settings(args)  # looks at them before anything is read or written
     return args
 
 
@@ -104,7 +104,7 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------------
 def erase(pixels):
     """Random erasing (p 0.25): noise in 2 to 33 % of the area, (3, H, W) uint8 in and out."""
-    standard = (pixels.float() / 255 - 0.45) / 0.225
+    standard = (pixels.float() / 255 - 0.45) / 0.225  # the noise is of mean 0 and std 1
     erased = v2.RandomErasing(0.25, value="random")(standard)
     return (255 * (0.45 + 0.225 * erased)).clamp(0, 255).round().to(torch.uint8)
 
@@ -126,7 +126,11 @@ AUGMENTATIONS = {  # name -> transforms of a PIL image into (3, size, size) uint
 
 
 class ClassificationSet(Dataset):
-    """(image (3, size, size) uint8, labels (C,)) by (index, seed), augmented or squeezed."""
+    """samples[index, seed] -> image (3, size, size) uint8, labels (C,).
+
+    data.EpochSampler draws the pairs, so that a crop depends on the run's seed, the epoch and the
+    index alone. augment: a name in AUGMENTATIONS; None squeezes the image.
+    """
 
     def __init__(self, dataset, size, augment=None):
         self.dataset = dataset
@@ -163,22 +167,24 @@ def label_pass(model, pixels, precision):
 
 
 @torch.no_grad()
-def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=None, low=0.35,
-                high=0.55):
+def make_labels(output, pixels, labels, guide, reactivation="entropy", static_entropy=None,
+                **settings):
     """The affinity labels and w_hat of a batch, from a forward pass over 1 or 2 views of it.
 
     output: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; labels (B, C); guide: layer
-    indices; entropy (L,) in bits replaces each image's own (--entropy static). Returns label (B,
-    P, P) in {0, 1, 255}, w_hat (B, L), mask (B, H, W).
+    indices; static_entropy (L,) in bits replaces each image's own; settings: of pseudo_label.
+    Returns label (B, P, P) in {0, 1, 255}, w_hat (B, L).
     """
     B = len(pixels)
     V = len(output.cam) // B
 
     with record_function("label CAM"):
-        if entropy is None:
+        if static_entropy is None:
             of_views = aream.layer_entropy(output.cam, output.affinity, labels.repeat(V, 1))
             entropy = of_views.view(V, B, -1).mean(0)  # (B, L)
-        w, w_hat = aream.reactivation_weights(entropy.expand(B, -1), reactivation)  # each (B, L)
+        else:
+            entropy = static_entropy.expand(B, -1)
+        w, w_hat = aream.reactivation_weights(entropy, reactivation)  # each (B, L)
         guided = aream.guided_cam(output.cam, output.affinity, w.repeat(V, 1), guide)
         if V == 2:
             guided = guided[:B] + guided[B:].flip(-1)  # (B, C, gh, gw)
@@ -191,20 +197,20 @@ def make_labels(output, pixels, labels, guide, reactivation="entropy", entropy=N
         cam = aream.normalise_cam(cam, present)
 
     with record_function("PAR"):
-        mask = pseudo_label(pixels.float() / 255, cam, class_ids, present, low, high)
+        mask = pseudo_label(pixels.float() / 255, cam, class_ids, present, **settings)
         label = aream.affinity_label(mask, output.cam.shape[-2:])
-    return label, w_hat, mask
+    return label, w_hat
 
 
-def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
+def train_step(model, optimizer, batch, args, active, coupling, static_entropy=None):
     """One optimiser step on batch = (pixels, labels) -> both losses, (2,) detached.
 
-    active: with the AReAM loss. coupling: the guide and the supervised layers. entropy: see
+    active: with the AReAM loss. coupling: the guide and the supervised layers. static_entropy: see
     make_labels.
     """
     (pixels, labels), (guide, supervised) = batch, coupling
     shared = active and args.labels == "shared"
-    settings = (pixels, labels, guide, args.reactivation, entropy, args.low, args.high)
+    given = (pixels, labels, guide, args.reactivation, static_entropy)
     capture = False
     if active:
         capture = True if shared else "logits"
@@ -213,19 +219,21 @@ def train_step(model, optimizer, batch, args, active, coupling, entropy=None):
     if active and not shared:
         with record_function("label pass"):
             views = label_pass(model, pixels, args.precision)
-        label, w_hat, _ = make_labels(views, *settings)
+        label, w_hat = make_labels(views, *given, **mask_settings(args))
         del views  # its affinities, before the training pass needs the memory
     with record_function("forward"), data.autocast(pixels.device, args.precision):
         output = model(data.normalise(pixels), capture)
     if shared:
-        label, w_hat, _ = make_labels(output, *settings)
+        label, w_hat = make_labels(output, *given, **mask_settings(args))
 
     # Classification + affinity loss.
     with record_function("loss"):
         cls_loss = aream.classification_loss(output.class_logits.float(),
                                              output.patch_logits.float(), labels)
         aff_loss = torch.zeros((), device=pixels.device)
-        if active:  # the pairs of the whole batch, whose processes' gradients are averaged
+        if active:
+            # Divided by the pairs of the whole batch, the processes' losses are to be summed;
+            # their gradients are averaged instead, hence the factor world().
             pairs = data.sum_over_all(aream.count_pairs(label))
             aff_loss = data.world() * aream.aream_loss(output.affinity_logits, label, w_hat,
                                                        supervised, pairs)
@@ -257,7 +265,7 @@ def uses_aream(args, epoch):
     return args.reactivation != "none" and epoch >= args.warmup_epochs
 
 
-def train_one_epoch(model, optimizer, loader, args, epoch, coupling, entropy, device):
+def train_one_epoch(model, optimizer, loader, args, epoch, coupling, static_entropy, device):
     """All steps of an epoch -> its log record. FloatingPointError if a loss is not finite."""
     active = uses_aream(args, epoch)
     loader.sampler.set_epoch(epoch)
@@ -269,7 +277,7 @@ def train_one_epoch(model, optimizer, loader, args, epoch, coupling, entropy, de
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule((epoch + (step - 1) / steps) / args.epochs)
         batch = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        sums += train_step(model, optimizer, batch, args, active, coupling, entropy)
+        sums += train_step(model, optimizer, batch, args, active, coupling, static_entropy)
 
         if step % 20 == 0 or step == steps:  # not each step: looking at a loss makes a GPU wait
             if not sums.isfinite().all():
@@ -344,14 +352,14 @@ def make_optimizer(model, args):
 def restore(model, optimizer, args, dataset, folder):
     """Where training begins: resumed, branched, from pretrained weights or from scratch.
 
-    Loads model and optimizer in place. Returns the first epoch, and the static entropy (L,) if
-    there is one.
+    Loads model and optimizer in place. Returns the first epoch, and with --entropy static the
+    entropy (L,) that was measured, or None.
     """
     last = folder / "last.pt"
     if args.resume and last.is_file():
         checkpoint = data.read_checkpoint(last, "cls", dataset)
     elif args.branch_from:
-        if args.overwrite and folder.resolve() in Path(args.branch_from).resolve().parents:
+        if args.overwrite and Path(args.branch_from).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--overwrite would delete {args.branch_from}, from which to branch: "
                              f"use another --out")
         checkpoint = data.read_checkpoint(args.branch_from, "cls", dataset, data.data_flags(args))
@@ -371,7 +379,7 @@ def restore(model, optimizer, args, dataset, folder):
     optimizer.load_state_dict(checkpoint["optimizer"])
     for group, decay in zip(optimizer.param_groups, decays):  # this run's, not the other's
         group["weight_decay"] = decay
-    return checkpoint["epoch"], checkpoint["entropy"]
+    return checkpoint["epoch"], checkpoint["entropy"] if args.entropy == "static" else None
 
 
 def main(argv=None):
@@ -394,34 +402,33 @@ def main(argv=None):
     coupling = aream.coupled_layers(len(model.blocks), args.coupling, args.deep_from)
     model.to(device).set_drop_path(args.drop_path)
     optimizer = make_optimizer(model, args)
-    first, entropy = restore(model, optimizer, args, dataset, folder)
+    first, static_entropy = restore(model, optimizer, args, dataset, folder)
+    if static_entropy is not None:
+        static_entropy = static_entropy.to(device)
     if args.profile:
         return profile(model, optimizer, loader, args, coupling, device)
     made_from = {"checkpoint to branch from": [args.branch_from]} if args.branch_from else {}
     data.prepare_folder(folder, args, dataset, made_from)
     data.go_on(folder, first)
-    plain_types = (int, float, str, type(None))
+    plain_types = (int, float, str, type(None))  # a checkpoint that holds others is refused
     config = {key: value for key, value in vars(args).items() if isinstance(value, plain_types)}
     config.update(data=dataset.name, classes=list(dataset.classes))
 
     def save(name, epoch):
         data.write_checkpoint(folder / name, {
-            "stage": "cls", "config": config, "epoch": epoch, "entropy": entropy,
+            "stage": "cls", "config": config, "epoch": epoch, "entropy": static_entropy,
             "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     # train
     wrapped = data.distributed(model, device)
     begin = saved = time.time()
     for epoch in range(first, args.epochs):
-        static = None
-        if args.entropy == "static" and uses_aream(args, epoch):
-            if entropy is None:
-                loader.sampler.set_epoch(epoch)  # the same crops in a resumed run
-                entropy = mean_entropy(model, loader, args.precision, device).cpu()
-            static = entropy.to(device)
+        if args.entropy == "static" and static_entropy is None and uses_aream(args, epoch):
+            loader.sampler.set_epoch(epoch)  # the same crops in a resumed run
+            static_entropy = mean_entropy(model, loader, args.precision, device)
         try:
-            record = train_one_epoch(wrapped, optimizer, loader, args, epoch, coupling, static,
-                                     device)
+            record = train_one_epoch(wrapped, optimizer, loader, args, epoch, coupling,
+                                     static_entropy, device)
         except FloatingPointError as error:
             on_disk = data.what_is_on_disk(folder)
             raise FloatingPointError(f"{error}; {on_disk}. Lower --lr, or look at the images of "

@@ -232,7 +232,8 @@ def train_one_epoch(net, optimizer, loader, args, epoch, device):
             group["lr"] = group["base"] * (1 - (epoch + (step - 1) / steps) / args.epochs) ** 0.9
         pixels, mask = pixels.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
-        # cross-entropy over the labelled pixels of all processes; without any it is 0, not nan
+        # cross-entropy over the labelled pixels of all processes, whose gradients are averaged:
+        # hence the factor world(); without any such pixel it is 0, not nan
         with data.autocast(device, args.precision):
             logits = net(data.normalise(pixels))["out"]
         labelled = data.sum_over_all((mask != data.IGNORE).sum()).clamp_min(1)
@@ -380,7 +381,7 @@ def main(argv=None):
     if args.predict_only:
         return predict_again(args, device)
     folder, pred, masks = args.out / "seg", args.out / "pred", args.masks or args.out / "pseudo"
-    if {folder.resolve(), pred.resolve()} & {masks.resolve(), *masks.resolve().parents}:
+    if any(masks.resolve().is_relative_to(place.resolve()) for place in (folder, pred)):
         raise ValueError(f"--masks {masks} lies in {args.out}, where training replaces "
                          f"predictions: use another --out")
     if device.type == "cpu" and args.batch < 2 * data.world():
