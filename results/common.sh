@@ -16,13 +16,14 @@ row() {
   done
 }
 
-# copy NAME OF SEED: the classifier of row OF
+# copy NAME OF SEED [PART]: the classifier of row OF, or another part of it
 copy() {
-  local to=$OUT/$1/$3 from=$OUT/$2/$3
-  if [ ! -d "$to/cls" ]; then
+  local to=$OUT/$1/$3 from=$OUT/$2/$3 part=${4:-cls}
+  if [ ! -d "$to/$part" ]; then
     mkdir -p "$to"
-    cp -r "$from/cls" "$to/cls.tmp"
-    mv "$to/cls.tmp" "$to/cls"
+    rm -rf "$to/$part.tmp"
+    cp -r "$from/$part" "$to/$part.tmp"
+    mv "$to/$part.tmp" "$to/$part"
   fi
 }
 
@@ -59,6 +60,20 @@ segment() {
     if ! grep -qs '"pred"' "$out/results.json"; then
       copy "$name" "$of" "$seed"
       "$PYTHON" train_seg.py "${DATA[@]}" "${MASKS[@]}" --masks "$OUT/$of/$seed/pseudo" --seed "$seed" --out "$out" --resume "$@"
+      "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split val --what pred --out "$out"
+    fi
+  done
+}
+
+# predict NAME OF [flags of train_seg.py]: the DeepLabs of row OF predict val in another way
+predict() {
+  local name=$1 of=$2 seed out; shift 2
+  for seed in $SEEDS; do
+    out=$OUT/$name/$seed
+    if ! grep -qs '"pred"' "$out/results.json"; then
+      copy "$name" "$of" "$seed"
+      copy "$name" "$of" "$seed" seg
+      "$PYTHON" train_seg.py "${DATA[@]}" "${MASKS[@]}" --predict-only --out "$out" --resume "$@"
       "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split val --what pred --out "$out"
     fi
   done

@@ -88,6 +88,12 @@ masks   trainaug-deeplab/uniform-split-normalised-near trainaug/uniform-split "$
 segment trainaug-deeplab/none-near                     trainaug-deeplab/none-near                     "${VIT[@]}"
 segment trainaug-deeplab/uniform-split-normalised-near trainaug-deeplab/uniform-split-normalised-near "${VIT[@]}"
 
+# The same, val seen at three scales
+predict trainaug-scales/none                          trainaug-deeplab/none                          --scales 0.75 1 1.25
+predict trainaug-scales/uniform-split-normalised      trainaug-deeplab/uniform-split-normalised      --scales 0.75 1 1.25
+predict trainaug-scales/none-near                     trainaug-deeplab/none-near                     --scales 0.75 1 1.25
+predict trainaug-scales/uniform-split-normalised-near trainaug-deeplab/uniform-split-normalised-near --scales 0.75 1 1.25
+
 # What does PAR do? (masks decided everywhere)
 DECIDED=(--split train --low 0.45 --high 0.45)
 masks par/none                             trainaug/none          "${DECIDED[@]}"
