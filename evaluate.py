@@ -203,8 +203,8 @@ def evaluate_layers(dataset, model, deep_from, args, device):
             padded = pad_target(target, output.cam.shape[-2:], size, model.patch)
             measured.append(measure_layers(output, labels, padded, args.rows))
 
-        cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows,
-                                args.beta, args.steps, observe, args.precision)
+        cams = refine.seed_cams(model, shrunk, class_ids, variants, observe=observe,
+                                **refine.cam_settings(args))
 
         values = data.mask_value(torch.tensor(class_ids))
         for variant, cam in cams.items():
@@ -311,8 +311,8 @@ def draw_pipeline(path, dataset, names, args, device):
         for run, model in models.items():
             shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
             variants = {"raw": (), "refined": tuple(range(len(model.blocks)))}
-            cams = refine.seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows,
-                                    args.beta, args.steps, precision=args.precision)
+            cams = refine.seed_cams(model, shrunk, class_ids, variants,
+                                    **refine.cam_settings(args))
             row.setdefault("raw CAM", heat(photo, cams["raw"].amax(0)))  # of the first run
             row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
         pseudo = args.out / "pseudo" / f"{name}.png"
@@ -396,9 +396,9 @@ def draw_layers(path, model, dataset, records, args, device):
     photo = pixels.permute(1, 2, 0).numpy()
     variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
     shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
-    cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants, args.scales, args.rows,
-                            args.beta, args.steps, lambda *observed: seen.append(observed),
-                            args.precision)
+    cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants,
+                            observe=lambda *observed: seen.append(observed),
+                            **refine.cam_settings(args))
     output, _ = seen[0]
     P = output.cam[0, 0].numel()
     rows = [[("photo", photo)], [("ground truth", paint(dataset.mask(name)))]]
@@ -658,8 +658,7 @@ def score_layers(dataset, args, device):
     print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
     print_layers(table, measures, deep_from)
 
-    record = {"scales": args.scales, "rows": args.rows, "beta": args.beta, "steps": args.steps,
-              "table": table, "measures": measures}
+    record = {**refine.cam_settings(args), "table": table, "measures": measures}
     records = {"/".join(args.out.resolve().parts[-2:]): record}
     if args.before:
         path = args.before / "layers.json"

@@ -312,6 +312,12 @@ def refining_arguments(parser):
         help="shrink larger photographs (default: 50 patches, 800 px for DeiT)")
 
 
+def cam_settings(args):
+    """The settings of seed_cams on a command line."""
+    return dict(scales=args.scales, rows=args.rows, beta=args.beta, steps=args.steps,
+                precision=args.precision)
+
+
 def mask_arguments(add):
     add("--low", type=data.number(float, 0, 1), default=LOW,
         help=f"low background score of the pseudo-labels (default {LOW})")
@@ -363,8 +369,7 @@ def refine_image(model, pixels, class_ids, args):
     shrunk = shrink_for(model, pixels, args.max_side)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     with record_function("CAM"):
-        cam = seed_cams(model, shrunk, class_ids, variants, args.scales, args.rows, args.beta,
-                        args.steps, precision=args.precision)["seed"]
+        cam = seed_cams(model, shrunk, class_ids, variants, **cam_settings(args))["seed"]
     with record_function("PAR"):
         mask = pseudo_mask(shrunk, class_ids, cam, **mask_settings(args))
     return cam, data.enlarge(mask, pixels.shape[-2:])
