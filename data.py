@@ -1060,15 +1060,23 @@ PATHS = {"data", "classes", "masks", "pretrained"}
 
 
 def prepare_folder(folder, args, dataset, made_from):
-    """Make a stage's folder and its args.json.
+    """Make a stage's folder and its args.json: claim_folder, of several processes by one.
 
-    made_from: what -> paths of files. A folder in use needs --resume (same settings, same content
-    of images, labels and those files, wherever they lie; else ValueError) or --overwrite (its
-    files are deleted). Of several processes one does it and the others wait.
+    made_from: what -> paths of files. Their content, that of images and labels, and the flags are
+    the settings.
     """
-    if rank():
-        return wait_for_all()
-    folder, settings = Path(folder), stage_settings(args, dataset, made_from)
+    if not rank():
+        claim_folder(folder, args, stage_settings(args, dataset, made_from))
+    wait_for_all()
+
+
+def claim_folder(folder, args, settings):
+    """Make a folder, with its settings in args.json.
+
+    A folder in use needs --resume (the same settings, else ValueError) or --overwrite (its files
+    are deleted).
+    """
+    folder = Path(folder)
     used = folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir())
     if used and args.resume:
         need_same_settings(folder, settings)
@@ -1080,7 +1088,6 @@ def prepare_folder(folder, args, dataset, made_from):
                          f"or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "args.json", settings)
-    wait_for_all()
 
 
 def stage_settings(args, dataset, made_from):

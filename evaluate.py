@@ -397,13 +397,12 @@ def draw_layers(path, model, dataset, records, args, device):
     variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
     shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
     cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants,
-                            observe=lambda *observed: seen.append(observed),
+                            observe=lambda output, _: seen.append(output),
                             **refine.cam_settings(args))
-    output, _ = seen[0]
-    P = output.cam[0, 0].numel()
+    P = seen[0].cam[0, 0].numel()
     rows = [[("photo", photo)], [("ground truth", paint(dataset.mask(name)))]]
     for l in chosen:
-        block = aream.patch_block(output.affinity[l][0], P).cpu()
+        block = aream.patch_block(seen[0].affinity[l][0], P).cpu()
         grey = (255 * (block / block.max()).sqrt()).numpy().astype(np.uint8)
         rows[0].append((f"affinity, layer {l}", np.stack([grey] * 3, -1)))
     for variant, cam in cams.items():

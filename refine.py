@@ -206,7 +206,7 @@ def pseudo_mask(pixels, class_ids, cam, **settings):
 # CAMs of whole images
 # -------------------------------------------------------------------------------------------------
 def parse_layers(text, depth):
-    """"all", "none", "0-6" or "3,7-8" (0-based, inclusive) -> layer indices; or "entropy"."""
+    """"all", "none", "0-6", "3,7-8" (0-based, inclusive) -> layers; or a name of REACTIVATION."""
     if text in ("all", "none"):
         return tuple(range(depth)) if text == "all" else ()
     if text in aream.REACTIVATION:

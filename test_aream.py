@@ -563,9 +563,9 @@ def test_seed_cams_by_hand(layers, rows):
     torch.nn.init.normal_(model.head.weight)  # CAMs that tell the layers' entropies apart
     square = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     got = refine.seed_cams(model, square, [1], {"s": layers}, rows=rows,
-                           observe=lambda *observed: seen.append(observed))["s"]
+                           observe=lambda output, _: seen.append(output))["s"]
 
-    ((output, _),), both = seen, 0
+    (output,), both = seen, 0
     attended = aream.class_attended_cam(output.cam, output.affinity)[:, 1].flatten(1)
     for view in (0, 1):
         blocks = torch.stack([a[view, 3:, 3:] for a in output.affinity])  # (L, P, P)

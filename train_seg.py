@@ -296,12 +296,9 @@ def predict_split(net, dataset, scales, args, device):
     folder, begin = args.out / "pred" / dataset.split, time.time()
     if not data.rank():
         model = data.file_digest(args.out / "seg" / "last.pt")
-        settings = {"scales": scales, "max_side": args.max_side, "precision": args.precision,
-                    "made_from": {"model": model}}
-        if folder.is_dir():
-            data.need_same_settings(folder, settings)
-            data.remove_half_written(folder)
-        data.write_json(folder / "args.json", settings)
+        data.claim_folder(folder, args, {"scales": scales, "max_side": args.max_side,
+                                         "precision": args.precision,
+                                         "made_from": {"model": model}})
     data.wait_for_all()
     share = dataset.ids[data.rank()::data.world()]
     todo = [name for name in share if not (folder / f"{name}.png").is_file()]
@@ -460,13 +457,6 @@ def predict_again(args, device):
     """Another split with the trained model; needs no pseudo-masks."""
     dataset = data.open_split(args, args.predict_split)
     net, config = load_trained(args, dataset, device)
-    folder = args.out / "pred" / dataset.split
-    if folder.is_dir() and not args.resume and not data.rank():
-        if not args.overwrite:
-            raise ValueError(f"{folder} is in use: go on with --resume, or replace it with "
-                             f"--overwrite")
-        shutil.rmtree(folder)
-    data.wait_for_all()
     predict_split(net, dataset, args.scales or config["scales"], args, device)
 
 

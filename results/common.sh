@@ -39,43 +39,48 @@ score() {
   done
 }
 
-# masks NAME OF [flags of refine.py]: pseudo-masks of the classifiers of row OF
-masks() {
-  local name=$1 of=$2 seed out; shift 2
+# unscored NAME WHAT: the seeds of a row that have no such score yet
+unscored() {
+  local seed
   for seed in $SEEDS; do
-    out=$OUT/$name/$seed
-    if ! grep -qs '"pseudo"' "$out/results.json"; then
-      copy "$name" "$of" "$seed"
-      "$PYTHON" refine.py "${DATA[@]}" "${MASKS[@]}" --out "$out" --resume "$@"
-      "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split train --what pseudo --out "$out"
-    fi
+    grep -qs "\"$2\"" "$OUT/$1/$seed/results.json" || echo "$seed"
   done
 }
 
-# segment NAME OF [flags of train_seg.py]: a DeepLab trained on the masks of row OF, scored on val
-segment() {
+# masks NAME OF [flags of refine.py]: pseudo-masks of the classifiers of row OF
+masks() {
   local name=$1 of=$2 seed out; shift 2
-  for seed in $SEEDS; do
+  for seed in $(unscored "$name" pseudo); do
     out=$OUT/$name/$seed
-    if ! grep -qs '"pred"' "$out/results.json"; then
-      copy "$name" "$of" "$seed"
-      "$PYTHON" train_seg.py "${DATA[@]}" "${MASKS[@]}" --masks "$OUT/$of/$seed/pseudo" --seed "$seed" --out "$out" --resume "$@"
-      "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split val --what pred --out "$out"
-    fi
+    copy "$name" "$of" "$seed"
+    "$PYTHON" refine.py "${DATA[@]}" "${MASKS[@]}" --out "$out" --resume "$@"
+    "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split train --what pseudo --out "$out"
+  done
+}
+
+# val OUT [flags of train_seg.py]: stage 3, and its score on val
+val() {
+  local out=$1; shift
+  "$PYTHON" train_seg.py "${DATA[@]}" "${MASKS[@]}" --out "$out" --resume "$@"
+  "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split val --what pred --out "$out"
+}
+
+# segment NAME OF [flags of train_seg.py]: a DeepLab trained on the masks of row OF
+segment() {
+  local name=$1 of=$2 seed; shift 2
+  for seed in $(unscored "$name" pred); do
+    copy "$name" "$of" "$seed"
+    val "$OUT/$name/$seed" --masks "$OUT/$of/$seed/pseudo" --seed "$seed" "$@"
   done
 }
 
 # predict NAME OF [flags of train_seg.py]: the DeepLabs of row OF predict val in another way
 predict() {
-  local name=$1 of=$2 seed out; shift 2
-  for seed in $SEEDS; do
-    out=$OUT/$name/$seed
-    if ! grep -qs '"pred"' "$out/results.json"; then
-      copy "$name" "$of" "$seed"
-      copy "$name" "$of" "$seed" seg
-      "$PYTHON" train_seg.py "${DATA[@]}" "${MASKS[@]}" --predict-only --out "$out" --resume "$@"
-      "$PYTHON" evaluate.py "${DATA[@]}" "${MASKS[@]}" --split val --what pred --out "$out"
-    fi
+  local name=$1 of=$2 seed; shift 2
+  for seed in $(unscored "$name" pred); do
+    copy "$name" "$of" "$seed"
+    copy "$name" "$of" "$seed" seg
+    val "$OUT/$name/$seed" --predict-only "$@"
   done
 }
 
