@@ -23,6 +23,13 @@ row schedule/none          "${PLAIN[@]}"
 row schedule/uniform-split "${AREAM[@]}" --reactivation uniform --coupling split
 row schedule/entropy-split "${AREAM[@]}" --entropy static --coupling split
 row schedule/entropy-all   "${AREAM[@]}"
+# how much loss? (0.1 above; 0.3 over all 12 layers gives a deep one what 0.1 over the 5 deep ones does)
+row schedule/uniform-split-0.03 "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.03
+row schedule/uniform-split-0.3  "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.3
+row schedule/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
+# the labels with PAR's nearer neighbours
+NEAR=(--par-dilations 1 2 4 8)
+row schedule/uniform-split-near "${AREAM[@]}" --reactivation uniform --coupling split "${NEAR[@]}"
 
 # Does it reach masks and segmentation?
 VIT=(--arch deeplabv3_vit --size 224 --epochs 5 --scales 1)
@@ -37,11 +44,6 @@ row depth/6  "${PLAIN[@]}" --depth 6
 row depth/8  "${PLAIN[@]}" --depth 8
 row depth/10 "${PLAIN[@]}" --depth 10
 
-# How much loss? (0.1 is schedule; 0.3 over all 12 layers gives a deep one what 0.1 over the 5 deep ones does)
-row weight/uniform-split-0.03 "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.03
-row weight/uniform-split-0.3  "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.3
-row weight/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
-
 # What the defaults do: colour jitter, all layers coupled, online entropy, two views
 DEFAULT=("${TINY[@]}" --epochs 30 --lr 1e-4)
 row defaults/none    "${DEFAULT[@]}" --reactivation none
@@ -51,6 +53,7 @@ row defaults/entropy "${DEFAULT[@]}" --branch-from "$OUT/defaults/none/%SEED%/cl
 score rows/none          schedule/none          --rows normalised
 score rows/uniform-split schedule/uniform-split --rows normalised
 score rows/entropy-split schedule/entropy-split --rows normalised
+score rows/uniform-split-near schedule/uniform-split-near --rows normalised
 
 # How else is the seed refined?
 score walk/2-steps      schedule/none --steps 2
@@ -77,18 +80,19 @@ deeplab trainaug-deeplab/uniform-split trainaug/uniform-split "${VIT[@]}"
 masks   trainaug-deeplab/none-normalised          trainaug/none          --rows normalised
 masks   trainaug-deeplab/uniform-split-normalised trainaug/uniform-split --rows normalised
 segment trainaug-deeplab/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${VIT[@]}"
-MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 224 --epochs 10 --scales 1)
-segment trainaug-mobilenet/none                     trainaug-deeplab/none                     "${MOBILE[@]}"
-segment trainaug-mobilenet/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${MOBILE[@]}"
 
 # Masks, and a DeepLab on them, with PAR's nearer neighbours
-NEAR=(--par-dilations 1 2 4 8)
 masks   trainaug-deeplab/none-near                     trainaug/none          "${NEAR[@]}"
 masks   trainaug-deeplab/uniform-split-normalised-near trainaug/uniform-split "${NEAR[@]}" --rows normalised
 segment trainaug-deeplab/none-near                     trainaug-deeplab/none-near                     "${VIT[@]}"
 segment trainaug-deeplab/uniform-split-normalised-near trainaug-deeplab/uniform-split-normalised-near "${VIT[@]}"
 
-# The same, val seen at three scales
+# The same masks, another network
+MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 224 --epochs 3 --scales 1)
+segment trainaug-mobilenet/none-near                     trainaug-deeplab/none-near                     "${MOBILE[@]}"
+segment trainaug-mobilenet/uniform-split-normalised-near trainaug-deeplab/uniform-split-normalised-near "${MOBILE[@]}"
+
+# The ViT's predictions at three scales
 predict trainaug-scales/none                          trainaug-deeplab/none                          --scales 0.75 1 1.25
 predict trainaug-scales/uniform-split-normalised      trainaug-deeplab/uniform-split-normalised      --scales 0.75 1 1.25
 predict trainaug-scales/none-near                     trainaug-deeplab/none-near                     --scales 0.75 1 1.25
