@@ -1339,8 +1339,8 @@ def profile_steps(text):
 def profile(step, steps, device, images=1, flops=None):
     """Call step(i) so often; print its phases (record_function; of the CPU), memory, images/s.
 
-    images: of a step; flops: of a step's model, for its utilisation. The phases are timed in a run
-    of their own, since the profiler slows small operations down. Returns images/s.
+    images: of a step; flops: of a step's model, for its utilisation. The phases are timed in up to
+    five steps of their own, since the profiler slows small operations down. Returns images/s.
     """
     for i in range(2):
         step(i)
@@ -1356,8 +1356,10 @@ def profile(step, steps, device, images=1, flops=None):
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else peak_memory()
 
     kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda) as profiler:
-        for i in range(steps):
+    profiled = min(steps, 5)  # a step has thousands of events
+    with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda,
+                                acc_events=True) as profiler:
+        for i in range(profiled):
             step(2 + steps + i)
     phases, busy = {}, 0
     for event in profiler.key_averages():
@@ -1367,9 +1369,9 @@ def profile(step, steps, device, images=1, flops=None):
         elif "#" not in event.key:  # those with # are torch's own
             phases[event.key] = max(phases.get(event.key, 0), event.cpu_time_total)
     for name, microseconds in phases.items():
-        print(f"  {name:<12} {microseconds / 1e3 / steps:9.1f} ms  "
+        print(f"  {name:<12} {microseconds / 1e3 / profiled:9.1f} ms  "
               f"{100 * microseconds / sum(phases.values()):4.0f} %")
-    gpu = f"  GPU busy {busy / 1e3 / steps:.1f} ms" if cuda else ""
+    gpu = f"  GPU busy {busy / 1e3 / profiled:.1f} ms" if cuda else ""
     print(f"  {'together':<12} {1e3 * seconds:9.1f} ms  {images / seconds:.1f} images/s  peak "
           f"memory {memory:.0f} MiB{gpu}")
     if flops:

@@ -525,7 +525,8 @@ def paired_cells(runs, reference):
 
 
 SETTINGS = ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augment", "precision",
-            "reactivation", "entropy", "coupling", "deep_from", "affinity_weight", "labels")
+            "reactivation", "entropy", "coupling", "deep_from", "affinity_weight", "labels",
+            "par_dilations")
 
 
 def gather(folder, path):
