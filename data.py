@@ -152,13 +152,12 @@ def decode_mask(image, num_classes):
     voc = {tuple(colour): value for value, colour in enumerate(voc_colours().tolist())}
     as_voc = [voc.get(colour) for colour in colours]
     as_grey = [r if r == g == b else None for r, g, b in colours]
-    indices = list(range(len(colours)))
-    if indices in (as_voc, as_grey):
+    distinct, levels = len(set(colours)) == len(colours), set(as_grey) - {0, IGNORE}
+    if list(range(len(colours))) in (as_voc, as_grey):  # in the order of the values
         return index.astype(np.uint8)
-    if None not in as_voc and len(set(as_voc)) == len(colours):
+    if distinct and None not in as_voc:  # VOC's colours in another order
         return np.array(as_voc, np.uint8)[index]
-    classes = [value for value in as_grey if value is not None and 0 < value <= num_classes]
-    if classes and set(as_grey) <= {0, IGNORE, *classes} and len(set(as_grey)) == len(colours):
+    if distinct and levels and levels <= set(range(1, num_classes + 1)):  # grey levels likewise
         return np.array(as_grey, np.uint8)[index]
     for i, (colour, value) in enumerate(zip(colours, as_voc)):
         if image.mode != "P" or value not in (None, 0, i):
@@ -181,17 +180,13 @@ class ImageSet:
 
     source = ""
 
-    def __init__(self):
-        self.known_labels = {}  # of what labels() was asked for
-
     def image(self, name):
         return read_image(self.image_path(name))
 
+    @lru_cache(maxsize=None)
     def labels(self, name):
         """Indices of the classes in an image, sorted; each annotation is read once."""
-        if name not in self.known_labels:
-            self.known_labels[name] = self.read_labels(name)
-        return self.known_labels[name]
+        return self.read_labels(name)
 
     def label_vector(self, name):
         """Image labels as (C,) float in {0, 1}."""
@@ -212,7 +207,6 @@ class VOC(ImageSet):
     """A folder as VOC 2012 is laid out; labels.csv may stand in place of Annotations."""
 
     def __init__(self, folder, split, name, classes, source):
-        super().__init__()
         self.root, self.split, self.name = Path(folder), split, str(name)
         self.classes, self.source = classes, source
         images = self.root / "JPEGImages"
@@ -300,7 +294,8 @@ class VOC(ImageSet):
         return sorted({self.classes.index(n) for n in names})
 
     def mask_path(self, name):
-        folders = self.ground_truth_folders()[:1 + self.split.startswith("trainaug")]
+        original, sbd = self.ground_truth_folders()
+        folders = [original, sbd] if self.split.startswith("trainaug") else [original]
         for folder in folders:
             if (folder / f"{name}.png").is_file():
                 return folder / f"{name}.png"
@@ -318,9 +313,8 @@ class COCO(ImageSet):
 
     name = "COCO2014"
 
-    def __init__(self, root, split, cache=None):
-        super().__init__()
-        self.root, self.split, self.cache = Path(root) / "COCO2014", split, cache
+    def __init__(self, root, split):
+        self.root, self.split = Path(root) / "COCO2014", split
         self.folder = self.root / f"{split}2014"
         self.source = self.root / "annotations" / f"instances_{split}2014.json"
         if split not in ("train", "val"):
@@ -335,18 +329,21 @@ class COCO(ImageSet):
             categories = sorted((c["id"], c["name"]) for c in record["categories"])
             self.classes = tuple(name for _, name in categories)
             index = {identity: i for i, (identity, _) in enumerate(categories)}
-            self.files = {  # image id, later its name -> file, (H, W)
-                i["id"]: (i["file_name"], (i["height"], i["width"])) for i in record["images"]}
+            files = {i["id"]: (i["file_name"], (i["height"], i["width"]))
+                     for i in record["images"]}
             annotations = [(a.get("id"), a["image_id"], a["category_id"], a.get("segmentation"))
                            for a in record["annotations"]]
-        if len(self.files) < len(record["images"]):
-            raise ValueError(f"{self.source} gives {len(record['images'])} images "
-                             f"{len(self.files)} ids: each needs its own")
-        self.collect(annotations, index)
+        if len(files) < len(record["images"]):
+            raise ValueError(f"{self.source} gives {len(record['images'])} images {len(files)} "
+                             "ids: each needs its own")
+        self.collect(files, annotations, index)
 
-    def collect(self, annotations, index):
-        """self.ids, and self.objects: image -> [(annotation id, class index, outline)]."""
-        if lost := [identity for identity, image, _, _ in annotations if image not in self.files]:
+    def collect(self, files, annotations, index):
+        """Sets ids, files (name -> file, (H, W)), objects (name -> [(id, class index, outline)]).
+
+        files and annotations go by the image ids of the JSON; index: category id -> class index.
+        """
+        if lost := [identity for identity, image, _, _ in annotations if image not in files]:
             raise ValueError(f"{self.source}: {len(lost)} annotations belong to no image, first "
                              f"{lost[0]}: correct their image_id")
         if lost := [a for a in annotations if a[2] not in index]:
@@ -358,24 +355,18 @@ class COCO(ImageSet):
         objects = {}
         for identity, image, category, outline in annotations:
             objects.setdefault(image, []).append((identity, index[category], outline))
-        names = {image: Path(self.files[image][0]).stem for image in objects}
+        names = {image: Path(files[image][0]).stem for image in objects}
         if twice := [n for n, count in Counter(names.values()).items() if count > 1]:
-            both = [self.files[image][0] for image, n in names.items() if n == twice[0]]
+            both = [files[image][0] for image, n in names.items() if n == twice[0]]
             raise ValueError(f"{self.source} has two images of one name, "
                              f"{' and '.join(both[:2])}: rename one")
-        if len(objects) < len(self.files) and not rank():
-            print(f"{self.source.name}: {len(self.files) - len(objects)} of {len(self.files)} "
-                  f"images have no object and are left out")
+        if len(objects) < len(files) and not rank():
+            print(f"{self.source.name}: {len(files) - len(objects)} of {len(files)} images have "
+                  "no object and are left out")
         self.objects = {names[image]: found for image, found in objects.items()}
-        self.files = {names[image]: self.files[image] for image in objects}
+        self.files = {names[image]: files[image] for image in objects}
         self.ids = sorted(self.objects)
 
-        # every file is there, and below the folder
-        for name in self.ids:
-            path = Path(self.files[name][0])
-            if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"{self.source} names the file {str(path)!r}, which is not below "
-                                 f"{self.folder}")
         if missing := [name for name in self.ids if not self.image_path(name).is_file()]:
             raise FileNotFoundError(f"{self.source} names {len(missing)} images that are not in "
                                     f"{self.folder}, first {self.files[missing[0]][0]!r}; "
@@ -399,37 +390,7 @@ class COCO(ImageSet):
         return sorted({index for _, index, _ in self.objects[name]})
 
     def mask(self, name):
-        """The objects rasterised, or read where cache_masks() has drawn them."""
-        drawn = self.drawn_mask(name)
-        if drawn and drawn.is_file():
-            return read_mask(drawn, len(self.classes))
-        return self.rasterise(name)
-
-    def drawn_mask(self, name):
-        return Path(self.cache) / self.split / f"{name}.png" if self.cache else None
-
-    def cache_masks(self, workers):
-        """Rasterise what is missing, in workers; all of it if the annotations changed."""
-        folder, content = Path(self.cache) / self.split, {"annotations": file_digest(self.source)}
-        made_from = folder / "made_from.json"
-        if folder.is_dir() and not made_from.is_file():
-            raise ValueError(f"{folder} is needed for rasterised masks, and holds something else: "
-                             "move it away, or choose another --out")
-        if folder.is_dir() and read_json(made_from, f"delete {folder}") != content:
-            shutil.rmtree(folder)
-        write_json(made_from, content)
-        missing = [name for name in self.ids if not self.drawn_mask(name).is_file()]
-        loader = DataLoader(missing, 64, num_workers=workers, collate_fn=self.rasterise_all)
-        for done, _ in enumerate(loader, 1):
-            progress(f"{min(64 * done, len(missing))}/{len(missing)} masks rasterised")
-        progress("")
-
-    def rasterise_all(self, names):
-        for name in names:
-            write_mask(self.drawn_mask(name), self.rasterise(name))
-
-    def rasterise(self, name):
-        """(H, W) uint8 mask of an image, objects of fewer pixels over those of more."""
+        """The objects drawn, those of fewer pixels over those of more: (H, W) uint8."""
         mask, drawn = np.zeros(self.files[name][1], np.uint8), []
         for identity, index, outline in self.objects[name]:
             with reading(self.source, f"the outline of annotation {identity} ({name}) must be "
@@ -438,9 +399,6 @@ class COCO(ImageSet):
         for pixels, value in sorted(drawn, key=lambda one: -one[0].sum()):
             mask[pixels] = value
         return mask
-
-    def ground_truth_folders(self):
-        return [Path(self.cache)] if self.cache else []
 
 
 def draw_object(outline, H, W):
@@ -503,7 +461,6 @@ class Toy(ImageSet):
     name, classes = "toy", TOY_CLASSES
 
     def __init__(self, split):
-        super().__init__()
         if split not in TOY_SIZES:
             raise FileNotFoundError(f"no split {split!r} in toy: use {' or '.join(TOY_SIZES)}")
         self.split = split
@@ -548,7 +505,8 @@ def draw_toy(name):
         body, cy, cx = toy_body(rng, y, x, radius)
         if (mask[body] > 0).sum() > 0.3 * body.sum():
             continue
-        colour = toy_colour(2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.5))
+        hue = 2 * math.pi * k / len(TOY_CLASSES) + rng.normal(0, 0.5)
+        colour = 135 + 95 * np.cos(hue - np.array([0, 2, 4]) * math.pi / 3)  # in R, G, B
         u, v = y - cy, x - cx
         texture = [u % 4 < 2, v % 4 < 2, (u + v) % 5 < 2.5, (u // 3 + v // 3) % 2 == 0,
                    (u % 5 < 3) & (v % 5 < 3), np.hypot(u, v) % 4 < 2][k]
@@ -572,11 +530,6 @@ def toy_body(rng, y, x, radius):
     return np.maximum(abs(u), abs(v)) < radius * 0.85, cy, cx
 
 
-def toy_colour(hue):
-    """A saturated colour of that hue (radians), (3,) in 0..255."""
-    return 135 + 95 * np.cos(hue - np.array([0, 2, 4]) * math.pi / 3)
-
-
 # -------------------------------------------------------------------------------------------------
 # Opening a data set
 # -------------------------------------------------------------------------------------------------
@@ -588,12 +541,12 @@ def training_split(name):
     return "trainaug" if name == "VOC2012" else "train"
 
 
-def open_data(name, root, split, limit=None, cache=None, classes=None):
+def open_data(name, root, split, limit=None, classes=None):
     """One split of a data set, checked: an ImageSet.
 
     name: one of DATASETS (under root), or a folder in VOC layout with its own classes, named in
-    the file classes. limit: only the first so many images. cache: folder for COCO's rasterised
-    masks. Raises ValueError and FileNotFoundError on whatever does not fit together.
+    the file classes. limit: only the first so many images. Raises ValueError and
+    FileNotFoundError on whatever does not fit together.
     """
     if name not in DATASETS and not Path(name).is_dir():
         raise ValueError(f"no data set or folder {name!r}: use {', '.join(DATASETS)}, or a folder "
@@ -607,7 +560,7 @@ def open_data(name, root, split, limit=None, cache=None, classes=None):
     if name == "VOC2012":
         dataset = VOC(Path(root) / "VOCdevkit" / "VOC2012", split, name, VOC_CLASSES, "VOC 2012")
     elif name == "COCO2014":
-        dataset = COCO(root, split, cache)
+        dataset = COCO(root, split)
     elif name == "toy":
         dataset = Toy(split)
     else:
@@ -638,8 +591,7 @@ def check_classes(names, source):
 
 def open_split(args, split, like=None):
     """open_data by the command line; like: a split which must have the same classes."""
-    cache = args.out / "masks"
-    dataset = open_data(args.data, args.data_root, split, args.limit, cache, args.classes)
+    dataset = open_data(args.data, args.data_root, split, args.limit, args.classes)
     if like is not None:
         need_same_classes(like.classes, like.source, dataset.classes, dataset.source)
     return dataset
@@ -871,12 +823,6 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_half_written(folder):
-    """What replacing() left when its process was killed."""
-    for temporary in Path(folder).glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
-
-
 def write_picture(path, image):
     """A PIL image as PNG or JPEG, by the path's suffix."""
     with replacing(path) as temporary:
@@ -890,22 +836,21 @@ def write_mask(path, mask):
     write_picture(path, image)
 
 
-def write_overlay(path, pixels, colours, opacity, legend):
-    """Colours laid over a photograph, and the names of the colours below it, as JPEG.
+def write_overlay(path, pixels, mask, opacity, legend):
+    """A mask laid over a photograph in VOC's colours, with names below it, as JPEG.
 
-    pixels (3, H, W) uint8; colours (H, W, 3) uint8; opacity (H, W) in [0, 1]; legend: name ->
-    colour.
+    pixels (3, H, W) uint8; mask (H, W); opacity (H, W) in [0, 1]; legend: name -> mask value.
     """
-    photo, opacity = pixels.permute(1, 2, 0).numpy(), opacity[..., None]
-    mixed = Image.fromarray(((1 - opacity) * photo + opacity * colours).astype(np.uint8))
+    photo, opacity, colours = pixels.permute(1, 2, 0).numpy(), opacity[..., None], voc_colours()
+    mixed = Image.fromarray(((1 - opacity) * photo + opacity * colours[mask]).astype(np.uint8))
     text_width = 24 + 7 * max(map(len, legend), default=0)
     size = max(mixed.width, text_width), mixed.height + 16 * len(legend)
     sheet = Image.new("RGB", size, "white")
     sheet.paste(mixed)
     draw = ImageDraw.Draw(sheet)
-    for i, (name, colour) in enumerate(legend.items()):
+    for i, (name, value) in enumerate(legend.items()):
         top = mixed.height + 16 * i
-        draw.rectangle((4, top + 3, 14, top + 13), fill=tuple(map(int, colour)))
+        draw.rectangle((4, top + 3, 14, top + 13), fill=tuple(colours[value].tolist()))
         draw.text((20, top + 2), name, fill="black")
     write_picture(path, sheet)
 
@@ -992,10 +937,14 @@ def seed_epoch(seed, epoch):
     torch.manual_seed((seed * 100_003 + epoch) * world() + rank())
 
 
-def what_is_on_disk(folder):
-    """For the message of a training that has to stop."""
-    last = Path(folder) / "last.pt"
-    return f"the last good state is {last}" if last.is_file() else "nothing is written yet"
+def need_finite(losses, folder, epoch, step):
+    """FloatingPointError, which says what is on disk, unless a sum of losses is finite."""
+    if not losses.isfinite().all():
+        last = Path(folder) / "last.pt"
+        on_disk = f"the last good state is {last}" if last.is_file() else "nothing is written yet"
+        raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step "
+                                 f"{max(1, step - 19)} to {step}; {on_disk}. Lower --lr, or look "
+                                 "at the images of these steps")
 
 
 SECONDS_BETWEEN_CHECKPOINTS = 60  # at least: they would cost a GPU a tenth of its time
@@ -1080,7 +1029,8 @@ def claim_folder(folder, args, settings):
     used = folder.is_dir() and any(not file.name.endswith(".tmp") for file in folder.iterdir())
     if used and args.resume:
         need_same_settings(folder, settings)
-        remove_half_written(folder)
+        for temporary in folder.glob(".*.tmp"):  # what replacing() left when it was killed
+            temporary.unlink(missing_ok=True)
     elif used and args.overwrite:
         shutil.rmtree(folder)
     elif used:

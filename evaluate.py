@@ -8,8 +8,7 @@ Reads  ground truth (train_seg.py looks too, to refuse it) and what --what names
        study               the records of many runs, as tables (--records)
        submission          <out>/pred/<split> packed for the VOC server
 Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png, demo.png,
-       worst_pseudo.png, worst_pred.png, comp6_<split>_cls.tgz}; COCO's masks, once rasterised,
-       to <out>/masks.
+       worst_pseudo.png, worst_pred.png, comp6_<split>_cls.tgz}
 Run    python evaluate.py --data VOC2012 --what pred
 Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
 """
@@ -92,9 +91,10 @@ def curve(counts):
 
     At threshold t a pixel takes its winning class if that scores above t, else background.
     """
-    # who exceeds threshold t exceeds more than t thresholds: sums from the right, (T, M, M)
-    above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)
-    confusion = above.clone()  # no winner is the background: column 0 is for all the others
+    # counts[..., n]: the score lies above n thresholds, so above number t where n > t
+    above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)  # (T, M, M)
+    confusion = above.clone()
+    # where no class scores above t, the prediction is background: column 0
     confusion[:, :, 0] += counts.sum((1, 2)) - above.sum(2)
     return confusion
 
@@ -219,10 +219,11 @@ def evaluate_layers(dataset, model, deep_from, args, device):
 
 
 def pad_target(target, grid, size, patch):
-    """A mask (H, W), extended to the right and below by ignored pixels as its view was padded.
+    """A mask (H, W) with ignored pixels on the right and below, where its view was padded.
 
-    grid (gh, gw): patches of the view; size (h, w): the pixels of it that show the image.
+    grid (gh, gw): patches of the padded view; size (h, w): the part of it that shows the image.
     """
+    # gh * patch rows of the view, of which h show the image, are H * gh * patch / h of the mask
     (H, W), (gh, gw), (h, w) = target.shape, grid, size
     below, right = round(H * gh * patch / h) - H, round(W * gw * patch / w) - W
     return F.pad(target, [0, right, 0, below], value=data.IGNORE)
@@ -333,9 +334,9 @@ def draw_pipeline(path, dataset, names, args, device):
 def draw_worst(dataset, folder, each, args):
     """The --worst images of the lowest mIoU (each: name -> mIoU): photo, mask, ground truth."""
     path = args.out / f"worst_{args.what}.png"
-    worst = sorted((score, name) for name, score in each.items() if score == score)[:args.worst]
+    known = [(score, name) for name, score in each.items() if not math.isnan(score)]
     rows = {}
-    for score, name in worst:
+    for score, name in sorted(known)[:args.worst]:
         mask = data.read_mask(folder / f"{name}.png")
         pictures = [np.asarray(dataset.image(name)), paint(mask), paint(dataset.mask(name))]
         rows[f"{name}: mIoU {100 * score:.0f}"] = pictures
@@ -514,8 +515,10 @@ def paired_cells(runs, reference):
     """column -> mean difference, run by run, from the reference of the same seed ± its error."""
     before = {run["seed"]: numbers(run) for run in reference}
     pairs = [(numbers(run), before[run["seed"]]) for run in runs if run["seed"] in before]
+    if not pairs:
+        return {}
     cells = {}
-    for column in pairs[0][0] if pairs else ():
+    for column in pairs[0][0]:
         gains = [after[column] - base[column] for after, base in pairs if column in base]
         if gains:
             cells[column] = f"{np.mean(gains):+.1f}"
@@ -591,12 +594,15 @@ def heading(args, dataset):
     return f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
 
 
-def need_outputs(args, dataset, folder, suffix, settings, command):
-    """Files of an earlier stage, all there, and made for the same classes."""
-    made = f"python {command} {data.data_flags(args)} --out {data.quoted(args.out)}"
+def need_outputs(args, dataset, folder, suffix):
+    """Files of stage 2 (cam, pseudo) or 3 (pred/<split>): all there, and of the same classes."""
+    refined = folder.parent == args.out
+    settings = (folder if refined else args.out / "seg") / "args.json"
+    command = "refine.py --split" if refined else "train_seg.py --predict-only --predict-split"
+    made = f"python {command} {args.split} {data.data_flags(args)} --out {data.quoted(args.out)}"
     before = data.read_json(settings, made) if settings.is_file() else {}
     remedy = f"make them with  {made}"
-    if before and folder == settings.parent:
+    if before and refined:
         remedy += " --resume"
         if (before["split"], before["limit"]) != (args.split, args.limit):
             limit = f" --limit {before['limit']}" if before["limit"] else ""
@@ -609,8 +615,7 @@ def need_outputs(args, dataset, folder, suffix, settings, command):
 
 def score_cams(dataset, args, device):
     folder = args.out / "cam"
-    command = f"refine.py --split {args.split}"
-    need_outputs(args, dataset, folder, ".npz", folder / "args.json", command)
+    need_outputs(args, dataset, folder, ".npz")
     counts = evaluate_cams(dataset, folder)
     record = summarise(counts)
     record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
@@ -623,8 +628,7 @@ def score_cams(dataset, args, device):
 
 def score_pseudo_masks(dataset, args, device):
     folder = args.out / "pseudo"
-    command = f"refine.py --split {args.split}"
-    need_outputs(args, dataset, folder, ".png", folder / "args.json", command)
+    need_outputs(args, dataset, folder, ".png")
     confusion, unlabelled, each = evaluate_masks(dataset, folder, pseudo=True)
     labelled, every = scores(confusion), scores(confusion, unlabelled)
     undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
@@ -639,8 +643,7 @@ def score_pseudo_masks(dataset, args, device):
 
 def score_predictions(dataset, args, device):
     folder = args.out / "pred" / args.split
-    need_outputs(args, dataset, folder, ".png", args.out / "seg" / "args.json",
-                 f"train_seg.py --predict-only --predict-split {args.split}")
+    need_outputs(args, dataset, folder, ".png")
     confusion, _, each = evaluate_masks(dataset, folder)
     result = scores(confusion)
     print(f"{heading(args, dataset)}: mIoU {100 * result['miou']:.1f}")
@@ -679,8 +682,7 @@ def draw_pictures(dataset, args, device):
 def pack_submission(dataset, args, device):
     """A split's predictions as VOC's server wants them: ids, sizes and values checked."""
     folder, C = args.out / "pred" / args.split, len(dataset.classes)
-    need_outputs(args, dataset, folder, ".png", args.out / "seg" / "args.json",
-                 f"train_seg.py --predict-only --predict-split {args.split}")
+    need_outputs(args, dataset, folder, ".png")
     if args.data != "VOC2012" or args.limit:
         raise ValueError("--what submission packs a whole split of VOC2012: no other data, no "
                          "--limit")
@@ -761,12 +763,7 @@ def main(argv=None):
         return print_study(args.records)
     device = data.start(args)
 
-    # data; COCO's masks are drawn once
     dataset = data.open_split(args, args.split)
-    if isinstance(dataset, data.COCO):
-        dataset.cache_masks(args.workers)
-
-    # score, and remember
     begin = time.time()
     scored = WHAT[args.what](dataset, args, device)
     if scored is None:

@@ -69,7 +69,8 @@ class Attention(nn.Module):
             q_all, k_all = qkv[:, :, 0].flatten(2), qkv[:, :, 1].flatten(2)  # (B, N, D)
             logits = (q_all @ k_all.transpose(-2, -1)).float() * (scale / self.heads)
         if affinity is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            attended = prob.to(v.dtype) @ v  # what is there; a GPU's fused one is faster still
+            # prob is there already; a GPU attends anew with its fused kernel faster even so
+            attended = prob.to(v.dtype) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).reshape(B, N, D)), affinity, logits
@@ -142,10 +143,6 @@ class ViT(nn.Module):
         block = 24 * (C + P) * D**2 + 4 * (C + P)**2 * D  # qkv, projection, MLP; attention
         return len(self.blocks) * block + 2 * P * D * (3 * self.patch**2 + 9 * C)
 
-    def position_embedding(self, grid):
-        """The patch position embedding, resized to a (gh, gw) -> (1, gh * gw, D)."""
-        return resize_position_embedding(self.patch_pos_embed, self.pos_grid, grid)
-
     def tokens(self, images, capture=False):
         """The blocks: (B, 3, H, W) -> tokens (B, N, D), (gh, gw), and both tuples of maps."""
         B, _, H, W = images.shape
@@ -156,7 +153,7 @@ class ViT(nn.Module):
             raise ValueError(f"capture={capture!r}: use False, True, 'affinity' or 'logits'")
         grid = (H // self.patch, W // self.patch)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, P, D)
-        patches = patches + self.position_embedding(grid)
+        patches = patches + resize_position_embedding(self.patch_pos_embed, self.pos_grid, grid)
         class_tokens = (self.class_tokens + self.class_pos_embed).expand(B, -1, -1)
         x = torch.cat([class_tokens, patches], dim=1)  # (B, N, D)
 

@@ -229,15 +229,19 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
               observe=None, precision="float32"):
     """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
 
-    pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> layers whose mean
-    affinity refines (empty: the class-attended CAM as it is; None: the patch map without the class
-    tokens' attention; a name of aream.REACTIVATION: all layers, each with the weight w that its
-    plain rows have in this view of the image). Every scale is seen with its mirror image, padded
-    to whole patches and cropped; the maps of all scales are added as they are, so that small
-    scales, where attention is shared by fewer patches, count more. rows: of each layer's affinity
-    between patches, "plain" or "normalised" to a sum of 1; plain rows sum to less, as patches draw
-    from class tokens too. observe: called with the ViTOutput (B = 2) of the scale nearest to 1,
-    and the size (h, w) that the image has in it, without the padding.
+    pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> how it is refined:
+        None        the patch map, without the class tokens' attention
+        ()          the class-attended CAM as it is
+        (3, 7)      that, times the mean affinity of these layers
+        "entropy"   that, times the mean of all, each with its weight of aream.REACTIVATION (of
+                    plain rows, in this view of the image)
+    rows: "plain", or "normalised" to a sum of 1 over patches (plain rows sum to less, as patches
+    draw from class tokens too); beta, steps: of random_walk. observe: called with the ViTOutput
+    (B = 2) of the scale nearest to 1, and the size (h, w) of the image in it without the padding.
+
+    Every scale is seen with its mirror image, padded to whole patches and cropped; the maps of all
+    scales are added as they are, so that small ones, whose attention fewer patches share, count
+    more.
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
@@ -411,9 +415,6 @@ def main(argv=None):
     data.wait_for_all()
 
     # done
-    if missing := [n for n in dataset.ids if not done(n)]:
-        raise FileNotFoundError(f"{len(missing)} images have no CAM or pseudo-mask, first "
-                                f"{missing[0]}: run with --resume")
     seconds = time.time() - begin
     data.log_line(masks, {"images": len(dataset.ids), "refined": len(todo),
                           "images/s": len(todo) / seconds, "precision": args.precision,
@@ -453,10 +454,9 @@ def refine_photos(args, device):
         data.write_mask(target, mask.cpu().numpy())
         score, winner = data.bilinear(cam[None].cpu(), pixels.shape[-2:])[0].max(0)
         values = data.mask_value(torch.tensor(class_ids))
-        colours, legend = data.voc_colours()[values[winner].numpy()], {}
-        for class_id, value in zip(class_ids, values.tolist()):
-            legend[classes[class_id]] = data.voc_colours()[value]
-        data.write_overlay(target.with_suffix(".jpg"), pixels, colours, score.numpy(), legend)
+        legend = {classes[c]: data.mask_value(c) for c in class_ids}
+        data.write_overlay(target.with_suffix(".jpg"), pixels, values[winner].numpy(),
+                           score.numpy(), legend)
         print(f"{path.name}: {said}  ->  {target}, {target.with_suffix('.jpg').name}", flush=True)
 
 

@@ -211,9 +211,8 @@ def train_step(model, optimizer, batch, args, active, coupling, static_entropy=N
     (pixels, labels), (guide, supervised) = batch, coupling
     shared = active and args.labels == "shared"
     given = (pixels, labels, guide, args.reactivation, static_entropy)
-    capture = False
-    if active:
-        capture = True if shared else "logits"
+    # what the training pass keeps: logits for the loss, affinities too if labels come from it
+    capture = active and (True if shared else "logits")
 
     # Affinity labels, from a pass of their own or from the training pass.
     if active and not shared:
@@ -280,9 +279,7 @@ def train_one_epoch(model, optimizer, loader, args, epoch, coupling, static_entr
         sums += train_step(model, optimizer, batch, args, active, coupling, static_entropy)
 
         if step % 20 == 0 or step == steps:  # not each step: looking at a loss makes a GPU wait
-            if not sums.isfinite().all():
-                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step "
-                                         f"{max(1, step - 19)} to {step}")
+            data.need_finite(sums, args.out / "cls", epoch, step)
             rate = step * args.batch / (time.time() - begin)
             data.progress(f"step {step}/{steps}  losses {sums[0] / step:.4f} "
                           f"{sums[1] / step:.4f}  {rate:.1f} images/s")
@@ -375,10 +372,9 @@ def restore(model, optimizer, args, dataset, folder):
     if config != {key: getattr(args, key) for key in config}:
         raise ValueError(f"the checkpoint to go on from has {config}; give the same settings")
     model.load_state_dict(checkpoint["model"])
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, decay in zip(optimizer.param_groups, decays):  # this run's, not the other's
-        group["weight_decay"] = decay
+    # the moments are that run's, weight decay and the like this one's
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
     return checkpoint["epoch"], checkpoint["entropy"] if args.entropy == "static" else None
 
 
@@ -426,13 +422,8 @@ def main(argv=None):
         if args.entropy == "static" and static_entropy is None and uses_aream(args, epoch):
             loader.sampler.set_epoch(epoch)  # the same crops in a resumed run
             static_entropy = mean_entropy(model, loader, args.precision, device)
-        try:
-            record = train_one_epoch(wrapped, optimizer, loader, args, epoch, coupling,
-                                     static_entropy, device)
-        except FloatingPointError as error:
-            on_disk = data.what_is_on_disk(folder)
-            raise FloatingPointError(f"{error}; {on_disk}. Lower --lr, or look at the images of "
-                                     f"these steps") from error
+        record = train_one_epoch(wrapped, optimizer, loader, args, epoch, coupling,
+                                 static_entropy, device)
         if epoch + 1 == args.warmup_epochs:
             save("warmup.pt", epoch + 1)
         due = time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS

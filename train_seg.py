@@ -17,7 +17,8 @@ import torchvision
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.models import segmentation
+from torchvision.models import get_model_weights, segmentation
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -27,12 +28,6 @@ import model as vit
 
 ARCHITECTURES = ("deeplabv3_resnet101", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large",
                  "deeplabv3_mobilenet_v2", "deeplabv3_vit")
-BACKBONE_WEIGHTS = {  # of classification: torchvision's segmentation weights saw pixel labels
-    "deeplabv3_resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
-    "deeplabv3_resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
-    "deeplabv3_mobilenet_v3_large": torchvision.models.MobileNet_V3_Large_Weights.IMAGENET1K_V1,
-    "deeplabv3_mobilenet_v2": torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1,
-}
 RECIPES = {  # defaults by kind of backbone; toy has its own
     "cnn": dict(size=321, batch=16, epochs=30, lr=0.01),
     "vit": dict(size=320, batch=16, epochs=30, lr=6e-5),
@@ -140,19 +135,8 @@ def is_ground_truth(dataset, folder):
 # -------------------------------------------------------------------------------------------------
 # Models
 # -------------------------------------------------------------------------------------------------
-class Features(nn.Module):
-    """Wraps a trunk so that torchvision's DeepLabV3 finds its feature map under "out"."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.features = features
-
-    def forward(self, x):
-        return {"out": self.features(x)}
-
-
 class ViTFeatures(nn.Module):
-    """The patch tokens of a ViT as a feature map (B, D, gh, gw)."""
+    """The patch tokens of a ViT as a feature map (B, D, gh, gw), where DeepLabV3 looks for it."""
 
     def __init__(self, model):
         super().__init__()
@@ -164,13 +148,13 @@ class ViTFeatures(nn.Module):
         return {"out": tokens[:, self.model.num_classes:].transpose(1, 2).unflatten(2, grid)}
 
 
-def mobilenet_v2_features():
+def mobilenet_v2_trunk():
     """torchvision's MobileNetV2 up to its 320 channels, at stride 16."""
-    features = torchvision.models.mobilenet_v2(weights=None).features[:-1]
+    features = torchvision.models.mobilenet_v2(weights=None).features
     for module in features[14:].modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.stride, module.dilation, module.padding = (1, 1), (2, 2), (2, 2)
-    return features
+    return IntermediateLayerGetter(features, {"17": "out"})
 
 
 def build(arch, num_classes, classifier=None):
@@ -184,7 +168,7 @@ def build(arch, num_classes, classifier=None):
                              image_size=classifier["size"])
         return DeepLabV3(ViTFeatures(backbone), DeepLabHead(backbone.dim, num_classes + 1))
     if arch == "deeplabv3_mobilenet_v2":
-        return DeepLabV3(Features(mobilenet_v2_features()), DeepLabHead(320, num_classes + 1))
+        return DeepLabV3(mobilenet_v2_trunk(), DeepLabHead(320, num_classes + 1))
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown --arch {arch!r}: use one of {', '.join(ARCHITECTURES)}")
     make = getattr(segmentation, arch)
@@ -193,20 +177,19 @@ def build(arch, num_classes, classifier=None):
 
 def load_backbone(net, arch, source):
     """ImageNet weights into a CNN backbone; source "auto" (torchvision's) or a path."""
-    if source == "auto":
+    if source == "auto":  # of classification: torchvision's segmentation weights saw pixel labels
+        weights = get_model_weights(arch.removeprefix("deeplabv3_")).IMAGENET1K_V1
         try:
-            found = BACKBONE_WEIGHTS[arch].get_state_dict(progress=True, check_hash=True)
+            found = weights.get_state_dict(progress=True, check_hash=True)
         except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
-            raise FileNotFoundError(f"could not download {BACKBONE_WEIGHTS[arch].url} ({error}); "
-                                    "fetch it elsewhere and give its path with --pretrained "
-                                    "PATH, or use --pretrained none") from error
+            raise FileNotFoundError(f"could not download {weights.url} ({error}); fetch it "
+                                    "elsewhere and give its path with --pretrained PATH, or use "
+                                    "--pretrained none") from error
     else:
         found = vit.plain_weights(vit.read_weights(source, arch))
     own = net.backbone.state_dict()
-    if arch.startswith("deeplabv3_mobilenet_v3"):  # layers 0, 1, ... here, features.0 ... there
+    if arch.startswith("deeplabv3_mobilenet"):  # layers 0, 1, ... here, features.0 ... there
         found = {k.removeprefix("features."): v for k, v in found.items()}
-    if not any(k in found for k in own) and "0.0.weight" in found:
-        found = {f"features.{k}": v for k, v in found.items()}
     chosen = {k: found[k] for k in own if k in found}
     absent = [k for k in own if k not in found and not k.endswith("num_batches_tracked")]
     wrong = [k for k, v in chosen.items() if v.shape != own[k].shape]
@@ -245,9 +228,7 @@ def train_one_epoch(net, optimizer, loader, args, epoch, device):
         total += loss.detach()
 
         if step % 20 == 0 or step == steps:  # not each step: looking at a loss makes a GPU wait
-            if not total.isfinite():
-                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step "
-                                         f"{max(1, step - 19)} to {step}")
+            data.need_finite(total, args.out / "seg", epoch, step)
             rate = step * args.batch / (time.time() - begin)
             data.progress(f"step {step}/{steps}  loss {total / step:.4f}  {rate:.1f} images/s")
 
@@ -425,12 +406,7 @@ def main(argv=None):
     wrapped = data.distributed(net, device)
     begin = saved = time.time()
     for epoch in range(first, args.epochs):
-        try:
-            record = train_one_epoch(wrapped, optimizer, loader, args, epoch, device)
-        except FloatingPointError as error:
-            on_disk = data.what_is_on_disk(folder)
-            raise FloatingPointError(f"{error}; {on_disk}. Lower --lr") from error
-
+        record = train_one_epoch(wrapped, optimizer, loader, args, epoch, device)
         if epoch + 1 == args.epochs or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
             data.write_checkpoint(folder / "last.pt", {
                 "stage": "seg", "config": config, "epoch": epoch + 1,
@@ -471,10 +447,7 @@ def segment_photos(args, device):
         target = args.out / "photos" / f"{path.stem}.png"
         overlay = target.with_suffix(".overlay.jpg")
         data.write_mask(target, mask)
-        colours, legend = data.voc_colours()[mask], {}
-        for name, value in shown.items():
-            legend[name] = data.voc_colours()[value]
-        data.write_overlay(overlay, pixels, colours, 0.5 * (mask > 0), legend)
+        data.write_overlay(overlay, pixels, mask, 0.5 * (mask > 0), shown)
         print(f"{path.name}: {', '.join(shown) or 'background alone'}  ->  {target}, "
               f"{overlay.name}", flush=True)
 
