@@ -81,22 +81,23 @@ masks   trainaug-deeplab/none-normalised          trainaug/none          --rows 
 masks   trainaug-deeplab/uniform-split-normalised trainaug/uniform-split --rows normalised
 segment trainaug-deeplab/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${VIT[@]}"
 
-# Masks, and a DeepLab on them, with PAR's nearer neighbours
-masks   trainaug-deeplab/none-near                     trainaug/none          "${NEAR[@]}"
-masks   trainaug-deeplab/uniform-split-normalised-near trainaug/uniform-split "${NEAR[@]}" --rows normalised
-segment trainaug-deeplab/none-near                     trainaug-deeplab/none-near                     "${VIT[@]}"
-segment trainaug-deeplab/uniform-split-normalised-near trainaug-deeplab/uniform-split-normalised-near "${VIT[@]}"
+# The same with PAR's nearer neighbours
+masks   trainaug-near/none                     trainaug/none          "${NEAR[@]}"
+masks   trainaug-near/uniform-split-normalised trainaug/uniform-split "${NEAR[@]}" --rows normalised
+segment trainaug-near/none                     trainaug-near/none                     "${VIT[@]}"
+segment trainaug-near/uniform-split-normalised trainaug-near/uniform-split-normalised "${VIT[@]}"
 
-# The same masks, another network
+# Another network on these masks
 MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 224 --epochs 3 --scales 1)
-segment trainaug-mobilenet/none-near                     trainaug-deeplab/none-near                     "${MOBILE[@]}"
-segment trainaug-mobilenet/uniform-split-normalised-near trainaug-deeplab/uniform-split-normalised-near "${MOBILE[@]}"
+segment trainaug-mobilenet/none                     trainaug-near/none                     "${MOBILE[@]}"
+segment trainaug-mobilenet/uniform-split-normalised trainaug-near/uniform-split-normalised "${MOBILE[@]}"
 
 # The ViT's predictions at three scales
-predict trainaug-scales/none                          trainaug-deeplab/none                          --scales 0.75 1 1.25
-predict trainaug-scales/uniform-split-normalised      trainaug-deeplab/uniform-split-normalised      --scales 0.75 1 1.25
-predict trainaug-scales/none-near                     trainaug-deeplab/none-near                     --scales 0.75 1 1.25
-predict trainaug-scales/uniform-split-normalised-near trainaug-deeplab/uniform-split-normalised-near --scales 0.75 1 1.25
+THREE=(--scales 0.75 1 1.25)
+predict trainaug-scales/none                          trainaug-deeplab/none                     "${THREE[@]}"
+predict trainaug-scales/uniform-split-normalised      trainaug-deeplab/uniform-split-normalised "${THREE[@]}"
+predict trainaug-near-scales/none                     trainaug-near/none                        "${THREE[@]}"
+predict trainaug-near-scales/uniform-split-normalised trainaug-near/uniform-split-normalised    "${THREE[@]}"
 
 # What does PAR do? (masks decided everywhere)
 DECIDED=(--split train --low 0.45 --high 0.45)
