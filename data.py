@@ -367,6 +367,12 @@ class COCO(ImageSet):
         self.files = {names[image]: files[image] for image in objects}
         self.ids = sorted(self.objects)
 
+        # every file is there, and below the folder
+        for name in self.ids:
+            path = Path(self.files[name][0])
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{self.source} names the file {str(path)!r}, which is not below "
+                                 f"{self.folder}")
         if missing := [name for name in self.ids if not self.image_path(name).is_file()]:
             raise FileNotFoundError(f"{self.source} names {len(missing)} images that are not in "
                                     f"{self.folder}, first {self.files[missing[0]][0]!r}; "

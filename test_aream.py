@@ -1312,8 +1312,8 @@ class Folder:
     def open(self):
         return data.open_data(str(self.pets), None, "train", classes=str(self.classes))
 
-    def open_coco(self):
-        return data.open_data("COCO2014", self.root, "train")
+    def open_coco(self, split="train"):
+        return data.open_data("COCO2014", self.root, split)
 
     def replace(self, suffix, image):
         """Another photograph a."""
@@ -1330,9 +1330,11 @@ class Folder:
         tags[0x0112] = orientation
         Image.open(self.image).save(self.image, exif=tags)
 
-    def palette(self, colours):
-        """Mask a, of values 0 and 1, with these palette colours."""
-        image = Image.fromarray(data.read_mask(self.mask))
+    def palette(self, colours, meaning=(0, 1)):
+        """Mask a with these palette colours, index k where its value was meaning[k]."""
+        mask = data.read_mask(self.mask)
+        image = Image.fromarray(np.select([mask == v for v in meaning], range(len(meaning)))
+                                .astype(np.uint8))
         image.putpalette([int(channel) for colour in colours for channel in colour])
         image.save(self.mask)
 
@@ -1340,11 +1342,12 @@ class Folder:
         shutil.rmtree(self.pets / "Annotations")
         (self.pets / "labels.csv").write_text(text)
 
-    def json(self, change):
+    def json(self, change, split="train"):
         """Change the record of COCO's annotations."""
-        record = json.loads(self.instances.read_text())
+        path = self.instances.with_name(f"instances_{split}2014.json")
+        record = json.loads(path.read_text())
         change(record)
-        self.instances.write_text(json.dumps(record))
+        path.write_text(json.dumps(record))
 
     def first(self, **change):
         """Change COCO's first annotation."""
@@ -1361,6 +1364,7 @@ COLOUR = [tuple(colour) for colour in data.voc_colours().tolist()]
 RED, BLACK, WHITE = (255, 0, 0), (0, 0, 0), (255, 255, 255)
 GREYS = [(value, value, value) for value in range(129)]
 LATIN = '<?xml version="1.0" encoding="iso-8859-1"?><a><object><name>köter</name></object></a>'
+CHINESE = '<?xml version="1.0" encoding="gb2312"?><a><object><name>cat</name></object></a>'
 NAMESPACE = '<a xmlns="http://x.org/voc"><object><name>\n dog \n</name></object></a>'
 UNICORN = "<a><object><name>unicorn</name></object></a>"
 
@@ -1385,6 +1389,17 @@ def in_a_subfolder(f):
     f.first_image(file_name="sub/0001.png")
 
 
+def numbered_otherwise(record):
+    record["categories"] = [dict(id=5, name="toothbrush"), dict(id=6, name="person")]
+    for annotation in record["annotations"]:
+        annotation["category_id"] = 5
+
+
+def compare_coco_splits(f):
+    one, other = f.open_coco(), f.open_coco("val")
+    data.need_same_classes(one.classes, one.source, other.classes, other.source)
+
+
 EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the error
     # photographs
     ("EXIF 6 turns", lambda f: f.exif(6), size_of, (40, 48)),
@@ -1403,12 +1418,21 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("half a file", lambda f: f.image.write_bytes(f.image.read_bytes()[:400]), size_of,
      "a.jpg cannot be read .*: replace it, or leave it out"),
     # masks
+    ("palette in order", lambda f: f.palette(COLOUR[:2]), mask_of, [0, 1]),
     ("palette re-indexed", lambda f: f.palette([COLOUR[0], COLOUR[3]]), mask_of, [0, 3]),
+    ("ignored re-indexed", lambda f: f.palette([COLOUR[255], COLOUR[0]], (1, 0)), mask_of,
+     [0, 255]),
     ("grey levels re-indexed", lambda f: f.palette([BLACK, (3, 3, 3)]), mask_of, [0, 3]),
     ("another palette is for display", lambda f: f.palette([(9, 9, 9), RED]), mask_of, [0, 1]),
     ("black and white is for display", lambda f: f.palette([BLACK, WHITE]), mask_of, [0, 1]),
     ("colours that contradict", lambda f: f.palette([(9, 9, 9), COLOUR[3]]), mask_of,
      r"a.png cannot be read .*colour \(128, 128, 0\) is VOC's for 3, others are not"),
+    ("a declared palette of another order", lambda f: f.palette([COLOUR[i] for i in (0, 2, 1)]),
+     mask_of, [0, 2]),
+    ("a declared palette that is not VOC's alone",
+     lambda f: f.palette([COLOUR[0], COLOUR[2], RED]), mask_of, "is VOC's for 2, others are not"),
+    ("re-indexed, and no class of this data set", lambda f: f.palette([COLOUR[0], COLOUR[5]]),
+     mask_of, "it holds the value 5, allowed are 0..3"),
     ("a grey palette in order", lambda f: f.palette(GREYS), mask_of, [0, 1]),
     ("one bit a pixel", lambda f: Image.fromarray(RAMP > 90).save(f.mask), mask_of, [0, 255]),
     ("RGB in VOC's colours", lambda f: Image.open(f.mask).convert("RGB").save(f.mask), mask_of,
@@ -1426,6 +1450,8 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "names the class 'cat' more than once"),
     ("255 classes", lambda f: f.classes.write_text("\n".join(f"c{i}" for i in range(255))), opened,
      "names 255 classes: 1 to 254 fit"),
+    ("BOM in the class list", lambda f: f.classes.write_bytes(b"\xef\xbb\xbfcat\ndog\naxolotl\n"),
+     labels_of, [0]),
     ("BOM and CRLF in a list", lambda f: f.list.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n\r\n"), ids,
      ["a", "b"]),
     ("spaces in a name", lambda f: (f.rename("my cat.jpg"), f.list.write_text("my cat\n")), ids,
@@ -1444,6 +1470,8 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("another encoding of XML",
      lambda f: (f.classes.write_text("cat\ndog\nköter\n", encoding="utf-8"),
                 f.xml.write_bytes(LATIN.encode("iso-8859-1"))), labels_of, [2]),
+    ("an encoding that the parser lacks", lambda f: f.xml.write_bytes(CHINESE.encode("gb2312")),
+     labels_of, "a.xml cannot be read .*multi-byte"),
     ("an unknown class", lambda f: f.xml.write_text(UNICORN), labels_of,
      "a.xml names the class 'unicorn' in a, which .*classes.txt does not have"),
     ("no object", lambda f: f.xml.write_text("<a></a>"), labels_of, "a.xml names no object in a"),
@@ -1456,7 +1484,12 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "line 1 of .*labels.csv is 'name;class': write an image's name and its classes, with commas"),
     ("labels.csv with another image", lambda f: f.labels_csv("a,cat\n\nzebra,cat\n"), opened,
      "line 3 of .*labels.csv names the image 'zebra', which is not in"),
+    ("labels.csv with an unknown class", lambda f: f.labels_csv("a,cow\n"), labels_of,
+     "labels.csv names the class 'cow' in a"),
     # COCO
+    ("val numbers categories otherwise", lambda f: f.json(numbered_otherwise, "val"),
+     compare_coco_splits, "instances_train2014.json and .*instances_val2014.json disagree about "
+     "the classes: class 1 is 'person' in the first, 'toothbrush' in the second"),
     ("a dangling image_id", lambda f: f.first(image_id=77), coco,
      "1 annotations belong to no image, first 0"),
     ("two images of one name",
@@ -1468,6 +1501,8 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      lambda f: f.open_coco().image("COCO_train2014_000000000000"),
      "000000000000.jpg is 40 x 48 pixels .*EXIF.*instances_train2014.json says 48 x 40"),
     ("two images of one id", lambda f: f.first_image(1, id=0), coco, "gives 5 images 4 ids"),
+    ("a file elsewhere", lambda f: f.first_image(file_name="../x.jpg"), coco,
+     "names the file '../x.jpg'"),
     ("a corner outside", lambda f: f.first(segmentation=[[-400, -400, 900, -400, 24, 900]]),
      lambda f: sum(pixels_of(f)), 40 * 48),
     ("no segmentation", lambda f: f.json(lambda r: r["annotations"][0].pop("segmentation")),
@@ -1713,6 +1748,15 @@ def test_cams_round_trip(tmp_path):
     assert cam.shape == (2, 4, 5) and (cam == 0.5).all()
 
 
+def test_interrupted_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.txt"
+    path.write_text("whole")
+    with pytest.raises(RuntimeError), data.replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("interrupted")
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
 def damaged(good, rng):
     """A broken variant of a file's bytes: cut, noise, something else, doubled, bytes changed."""
     others = (b"", b"null", b"[]", b"{}", b"<a/>", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n",
@@ -1789,6 +1833,8 @@ MESSAGES = [  # stage, flags, what is printed after "error: "
                  r"--data toy --out 'a folder'"),
     (evaluate, "--what cam", r"4 of 4 files are missing .*python refine.py --split train "
                              r"--data toy"),
+    (evaluate, "--what pseudo", r"4 of 4 files are missing .*python refine.py"),
+    (evaluate, "--what pred", r"4 of 4 files are missing .*python train_seg.py"),
     (train_seg, "--batch 4", r"4 of 4 files are missing .*python refine.py"),
     (train_cls, "--limit 0", r"--limit: 0 is not a whole number of at least 1"),
     (train_cls, "--lr nan", r"--lr: nan is not a number of at least 0"),
@@ -1800,6 +1846,7 @@ MESSAGES = [  # stage, flags, what is printed after "error: "
     (train_cls, "--size 60", r"--size 60: not a multiple of the patch size 8"),
     (train_cls, "--batch 5", r"--batch 5 with 4 images"),
     (train_cls, "--data nowhere", r"no data set or folder 'nowhere'"),
+    (train_cls, "--batch 4 --coupling split --deep-from 6", r"--deep-from 6 with 6 layers"),
     (train_cls, "--data .", r"--data \. needs --classes: a file"),
     (train_cls, "--classes own.txt", r"--classes own.txt: toy has classes of its own"),
     (train_cls, "--resume --overwrite", r"not allowed with argument --resume"),
@@ -1823,11 +1870,14 @@ def test_the_users_errors_are_one_line(stage, flags, message, tmp_path, capsys, 
 
 @pytest.mark.parametrize("main, code, printed", [
     (lambda: {}["a bug"], 1, "Traceback"), (lambda: int("a bug"), 1, "Traceback"),
-    (lambda: signal.raise_signal(signal.SIGINT), 130, "interrupted (stages 1 to 3 go on")])
+    (lambda: signal.raise_signal(signal.SIGINT), 130,
+     "interrupted (stages 1 to 3 go on with --resume)\n")])
 def test_faults_keep_their_traceback_and_ctrl_c_has_none(capsys, main, code, printed):
     with pytest.raises(SystemExit) as left:
         data.run(main)
-    assert left.value.code == code and capsys.readouterr().err.startswith(printed)
+    err = capsys.readouterr().err
+    assert left.value.code == code and err.startswith(printed)
+    assert (err == printed) == (code == 130)  # one line
 
 
 @pytest.mark.parametrize("folder, here", [("", True), (".venv/lib", False)])
@@ -1883,6 +1933,8 @@ def test_non_finite_loss_stops(own, tmp_path, monkeypatch):
                         lambda *_: torch.tensor(float("nan"), requires_grad=True))
     for out, flags, message in (
             (tmp_path / "new", "", "1, step 1 to 2; nothing is written yet. Lower --lr"),
+            (tmp_path / "branch", f"--branch-from {own.plain / 'cls' / 'warmup.pt'}",
+             "2, .*; nothing is written"),
             (own.plain, "--resume", "2, .*; the last good state is .*last.pt")):
         with pytest.raises(FloatingPointError, match=f"loss is not finite in epoch {message}"):
             train(out, f"--reactivation none {flags}")
@@ -1897,13 +1949,15 @@ def stop_after_the_warm_up(out):
 
 @pytest.mark.parametrize("flags", ["", "--drop-path 0.5 --workers 1",
                                    "--entropy static --warmup-epochs 2"])
-def test_training_resumes_and_branches_to_the_same_bits(tmp_path, flags):
+def test_training_resumes_and_branches_to_the_same_bits(tmp_path, capsys, flags):
     """Static entropy is measured on the crops of the first AReAM epoch, also when resumed."""
     flags = f"{flags} --epochs 3"
     whole = train(tmp_path / "whole", flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     stop_after_the_warm_up(tmp_path / "parts")
     resumed = train(tmp_path / "parts", f"{flags} --resume")
+    first = 2 if "--warmup-epochs 2" in flags else 1
+    assert f"cls: going on after epoch {first}" in capsys.readouterr().out
     warm = tmp_path / "whole" / "cls" / "warmup.pt"
     branched = train(tmp_path / "branch", f"{flags} --branch-from", warm)
     assert equal(whole, resumed) and equal(whole, branched)

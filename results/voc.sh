@@ -14,22 +14,23 @@ RELEASE=("${TINY[@]}" --augment release)
 THIRTY=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4)
 PLAIN=("${THIRTY[@]}" --reactivation none)
 AREAM=("${THIRTY[@]}" --labels shared --branch-from "$OUT/schedule/none/%SEED%/cls/warmup.pt")
+UNIFORM=("${AREAM[@]}" --reactivation uniform --coupling split)
 
 # Which learning rate? (30 epochs, the plain classifier; 1e-4 is schedule/none)
 SEEDS=2 row rate/3e-4 "${PLAIN[@]}" --lr 3e-4
 
 # 30 epochs, the last 20 with the loss, all from the same warm-up
 row schedule/none          "${PLAIN[@]}"
-row schedule/uniform-split "${AREAM[@]}" --reactivation uniform --coupling split
+row schedule/uniform-split "${UNIFORM[@]}"
 row schedule/entropy-split "${AREAM[@]}" --entropy static --coupling split
 row schedule/entropy-all   "${AREAM[@]}"
 # how much loss? (0.1 above; 0.3 over all 12 layers gives a deep one what 0.1 over the 5 deep ones does)
-row schedule/uniform-split-0.03 "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.03
-row schedule/uniform-split-0.3  "${AREAM[@]}" --reactivation uniform --coupling split --affinity-weight 0.3
+row schedule/uniform-split-0.03 "${UNIFORM[@]}" --affinity-weight 0.03
+row schedule/uniform-split-0.3  "${UNIFORM[@]}" --affinity-weight 0.3
 row schedule/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
 # the labels with PAR's nearer neighbours
 NEAR=(--par-dilations 1 2 4 8)
-row schedule/uniform-split-near "${AREAM[@]}" --reactivation uniform --coupling split "${NEAR[@]}"
+row schedule/uniform-split-near "${UNIFORM[@]}" "${NEAR[@]}"
 
 # Does it reach masks and segmentation?
 VIT=(--arch deeplabv3_vit --size 224 --epochs 5 --scales 1)
@@ -71,7 +72,7 @@ masks precision-masks/bfloat16 schedule/none --precision bfloat16
 DATA+=(--split trainaug_6293)
 MASKS=(--split trainaug_6293)
 row trainaug/none          "${PLAIN[@]}"
-row trainaug/uniform-split "${AREAM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt" --reactivation uniform --coupling split
+row trainaug/uniform-split "${UNIFORM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt"
 score trainaug-rows/none          trainaug/none          --rows normalised
 score trainaug-rows/uniform-split trainaug/uniform-split --rows normalised
 VIT+=(--epochs 3)
