@@ -29,7 +29,7 @@ import model as vit
 ARCHITECTURES = ("deeplabv3_resnet101", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large",
                  "deeplabv3_mobilenet_v2", "deeplabv3_vit")
 RECIPES = {  # defaults by kind of backbone; toy has its own
-    "cnn": dict(size=321, batch=16, epochs=30, lr=0.01),
+    "cnn": dict(size=321, batch=16, epochs=30, lr=0.001),
     "vit": dict(size=320, batch=16, epochs=30, lr=6e-5),
     "toy": dict(size=64, batch=16, epochs=6, lr=5e-4),
 }
@@ -58,7 +58,7 @@ def parse_args(argv=None):
         help="at least 2, for the batch normalisation of pooled features (default 16)")
     add("--epochs", type=data.number(int, 1), help="default 30; --data toy: 6")
     add("--lr", type=data.number(float, 0),
-        help="of the backbone, the head has ten times as much (default 0.01, SGD; ViT 6e-5, "
+        help="of the backbone, the head has ten times as much (default 0.001, SGD; ViT 6e-5, "
              "AdamW; --data toy: 5e-4)")
     add = parser.add_argument_group("prediction").add_argument
     add("--predict-split", default="val", metavar="SPLIT",
@@ -381,7 +381,7 @@ def main(argv=None):
         raise ValueError(f"--size {args.size} is not a multiple of the patch size "
                          f"{multiple_of(net)}")
     net.to(device)
-    if device.type == "cuda" and not classifier:  # what convolutions are fastest with
+    if not classifier:  # what convolutions are fastest with
         net.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = not args.deterministic
     optimizer = make_optimizer(net, args)

@@ -89,7 +89,7 @@ segment trainaug-near/none                     trainaug-near/none               
 segment trainaug-near/uniform-split-normalised trainaug-near/uniform-split-normalised "${VIT[@]}"
 
 # Another network on these masks
-MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 224 --epochs 3 --scales 1)
+MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 224 --epochs 5 --scales 1)
 segment trainaug-mobilenet/none                     trainaug-near/none                     "${MOBILE[@]}"
 segment trainaug-mobilenet/uniform-split-normalised trainaug-near/uniform-split-normalised "${MOBILE[@]}"
 
