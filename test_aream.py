@@ -1094,15 +1094,14 @@ def test_voc_and_coco_through_all_stages(tmp_path, name):
     evaluate.main([*common, "--what", "pred"])
 
 
-@pytest.mark.parametrize("arch", train_seg.ARCHITECTURES[1:4])
+@pytest.mark.parametrize("arch", train_seg.ARCHITECTURES[:3])
 def test_cnn_architectures(arch, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url",
                         lambda *a, **k: pytest.fail("a download was tried"))
     net = train_seg.build(arch, 4).eval()
     with torch.no_grad():
         assert net(torch.randn(1, 3, 65, 97))["out"].shape == (1, 5, 65, 97)
-        if arch == "deeplabv3_mobilenet_v2":
-            assert net.backbone(torch.randn(1, 3, 64, 96))["out"].shape == (1, 320, 4, 6)
+        assert net.backbone(torch.randn(1, 3, 64, 96))["out"].shape[2:] == (4, 6)  # stride 16
 
     # torchvision's classification weights, whole and incomplete
     whole = getattr(torchvision.models, arch.removeprefix("deeplabv3_"))(weights=None).state_dict()

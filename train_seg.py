@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.models import get_model_weights, segmentation
+from torchvision.models import get_model_weights
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from torchvision.transforms import v2
@@ -26,10 +26,11 @@ from torchvision.transforms.v2 import functional as TF
 import data
 import model as vit
 
-ARCHITECTURES = ("deeplabv3_resnet101", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large",
-                 "deeplabv3_mobilenet_v2", "deeplabv3_vit")
+ARCHITECTURES = ("deeplabv3_resnet101", "deeplabv3_resnet50", "deeplabv3_mobilenet_v2",
+                 "deeplabv3_vit")
+ATROUS_RATES = (6, 12, 18)  # of DeepLabV3 at stride 16; at 12, 24, 36 it would see padding mostly
 RECIPES = {  # defaults by kind of backbone; toy has its own
-    "cnn": dict(size=321, batch=16, epochs=30, lr=0.001),
+    "cnn": dict(size=513, batch=16, epochs=30, lr=0.001),
     "vit": dict(size=320, batch=16, epochs=30, lr=6e-5),
     "toy": dict(size=64, batch=16, epochs=6, lr=5e-4),
 }
@@ -53,7 +54,7 @@ def parse_args(argv=None):
     add("--split", help="default trainaug of VOC2012, else train")
     add("--masks", type=Path, metavar="DIR", help="pseudo-masks (default <out>/pseudo)")
     add("--size", type=data.number(int, 16), metavar="PX",
-        help="side of a training crop (default 321; ViT 320; --data toy: 64)")
+        help="side of a training crop (default 513; ViT 320; --data toy: 64)")
     add("--batch", type=data.number(int, 2),
         help="at least 2, for the batch normalisation of pooled features (default 16)")
     add("--epochs", type=data.number(int, 1), help="default 30; --data toy: 6")
@@ -85,7 +86,10 @@ def parse_args(argv=None):
 # Images and masks
 # -------------------------------------------------------------------------------------------------
 class SegmentationSet(Dataset):
-    """(image (3, size, size) uint8, mask (size, size) int64), scaled, flipped and cropped."""
+    """(image (3, size, size) uint8, mask (size, size) int64).
+
+    Enlarged 0.5 to 2 times, flipped, cropped; what lies beyond the image is undecided.
+    """
 
     def __init__(self, dataset, masks, size):
         self.dataset, self.masks, self.size = dataset, Path(masks), size
@@ -105,8 +109,7 @@ class SegmentationSet(Dataset):
         path = self.masks / f"{name}.png"
         mask = data.read_mask(path, len(self.dataset.classes), image.size[::-1])
         with data.seeded(seed):
-            # the longer side 0.5 to 2 times size
-            scale = self.size / max(image.size) * (0.5 + 1.5 * torch.rand(()).item())
+            scale = 0.5 + 1.5 * torch.rand(()).item()
             size = [max(1, round(side * scale)) for side in mask.shape]
             image = TF.resize(tv_tensors.Image(image), size, antialias=True)
             mask = TF.resize(tv_tensors.Mask(torch.from_numpy(mask)), size)
@@ -148,13 +151,21 @@ class ViTFeatures(nn.Module):
         return {"out": tokens[:, self.model.num_classes:].transpose(1, 2).unflatten(2, grid)}
 
 
-def mobilenet_v2_trunk():
-    """torchvision's MobileNetV2 up to its 320 channels, at stride 16."""
-    features = torchvision.models.mobilenet_v2(weights=None).features
-    for module in features[14:].modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            module.stride, module.dilation, module.padding = (1, 1), (2, 2), (2, 2)
-    return IntermediateLayerGetter(features, {"17": "out"})
+def cnn_trunk(arch):
+    """torchvision's ResNet or MobileNetV2 at stride 16, untrained, and its number of channels.
+
+    The last halving is left out, and the blocks behind it are dilated instead.
+    """
+    if arch == "deeplabv3_mobilenet_v2":
+        features = torchvision.models.mobilenet_v2(weights=None).features
+        features[14].conv[1][0].stride = (1, 1)
+        for block in features[15:18]:
+            depthwise = block.conv[1][0]
+            depthwise.dilation = depthwise.padding = (2, 2)
+        return IntermediateLayerGetter(features, {"17": "out"}), 320
+    make = getattr(torchvision.models, arch.removeprefix("deeplabv3_"))
+    resnet = make(weights=None, replace_stride_with_dilation=[False, False, True])
+    return IntermediateLayerGetter(resnet, {"layer4": "out"}), 2048
 
 
 def build(arch, num_classes, classifier=None):
@@ -163,16 +174,15 @@ def build(arch, num_classes, classifier=None):
     classifier: for deeplabv3_vit the config of the stage-1 checkpoint (preset, depth, size,
     classes).
     """
-    if arch == "deeplabv3_vit":
-        backbone = vit.build(classifier["preset"], num_classes, depth=classifier["depth"],
-                             image_size=classifier["size"])
-        return DeepLabV3(ViTFeatures(backbone), DeepLabHead(backbone.dim, num_classes + 1))
-    if arch == "deeplabv3_mobilenet_v2":
-        return DeepLabV3(mobilenet_v2_trunk(), DeepLabHead(320, num_classes + 1))
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown --arch {arch!r}: use one of {', '.join(ARCHITECTURES)}")
-    make = getattr(segmentation, arch)
-    return make(weights=None, weights_backbone=None, num_classes=num_classes + 1)
+    if arch == "deeplabv3_vit":
+        model = vit.build(classifier["preset"], num_classes, depth=classifier["depth"],
+                          image_size=classifier["size"])
+        backbone, channels = ViTFeatures(model), model.dim
+    else:
+        backbone, channels = cnn_trunk(arch)
+    return DeepLabV3(backbone, DeepLabHead(channels, num_classes + 1, ATROUS_RATES))
 
 
 def load_backbone(net, arch, source):
@@ -188,7 +198,7 @@ def load_backbone(net, arch, source):
     else:
         found = vit.plain_weights(vit.read_weights(source, arch))
     own = net.backbone.state_dict()
-    if arch.startswith("deeplabv3_mobilenet"):  # layers 0, 1, ... here, features.0 ... there
+    if arch == "deeplabv3_mobilenet_v2":  # layers 0, 1, ... here, features.0 ... there
         found = {k.removeprefix("features."): v for k, v in found.items()}
     chosen = {k: found[k] for k in own if k in found}
     absent = [k for k in own if k not in found and not k.endswith("num_batches_tracked")]
