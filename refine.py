@@ -240,8 +240,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
     (B = 2) of the scale nearest to 1, and the size (h, w) of the image in it without the padding.
 
     Every scale is seen with its mirror image, padded to whole patches and cropped; the maps of all
-    scales are added as they are, so that small ones, whose attention fewer patches share, count
-    more.
+    scales are added, times scale^2 where attention has a part, as so many more patches share it.
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
@@ -258,6 +257,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
             observe(output, (h, w))
         plain = output.cam[:, class_ids]  # (2, K, gh, gw)
         attended = aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
+        attended = scale**2 * attended
         blocks = [aream.patch_block(a, plain[0, 0].numel()) for a in output.affinity]
         if rows == "normalised":
             blocks = [aream.normalise_rows(block) for block in blocks]

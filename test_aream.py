@@ -456,6 +456,25 @@ def test_layers_are_observed_at_scale_1():
     assert seen == [((7, 8), (50, 64))]  # padded to 56 x 64
 
 
+def test_scales_count_alike():
+    """P patches that share a class token's attention evenly get 1 / P each, at every scale."""
+    class Even:
+        patch = 8
+
+        def __call__(self, images, capture):
+            side = images.shape[-1] // 8
+            cam = torch.zeros(2, 1, side, side)
+            cam[0, :, side // 4:, side // 2:] = 1  # at scale 1 the right, below the top
+            cam[0] = cam[0] if side == 8 else cam[0].flip(-1)  # at 0.5 the left
+            cam[1] = cam[0].flip(-1)
+            affinity = torch.full((2, 1 + side**2, 1 + side**2), 1 / side**2)
+            return vit.ViTOutput(None, None, cam, (affinity,))
+
+    pixels = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    cam = refine.seed_cams(Even(), pixels, [0], {"s": ()}, scales=(0.5, 1))["s"][0]
+    assert cam[-1, 0] == pytest.approx(cam[-1, -1].item()) and cam[-1, 0] > 0.5 and cam[0, -1] == 0
+
+
 def test_masks_are_padded_as_the_images_are():
     """At twice the size of the view; what lies below 50 rows of its 56 is ignored."""
     target = evaluate.pad_target(torch.ones(100, 128), (7, 8), (50, 64), 8)
@@ -845,6 +864,11 @@ def test_every_stage_leaves_its_files(finished):
     assert len(epochs) == 2
     assert {"cls_loss", "lr", "images/s", "minutes_left", "precision"} <= set(epochs[0])
     assert epochs[1]["lr"] == pytest.approx(1e-3 * train_cls.schedule(0.75))  # the last of 4 steps
+
+
+def test_more_supervised_layers_have_a_larger_weight_together():
+    weights = [train_cls.parse_args(["--coupling", c]).affinity_weight for c in ("all", "split")]
+    assert weights == [0.3, 0.1]
 
 
 def test_what_is_decayed_and_how_fast_it_learns():
@@ -1652,6 +1676,10 @@ def test_joint_transform_keeps_image_and_mask_together(tmp_path):
         bright = image.float().mean(0) > 105
         assert (bright == (mask == 15))[mask != 255].float().mean() > 0.85
         assert torch.equal(samples[1, number][0], image)
+    larger = train_seg.SegmentationSet(dataset, voc / "SegmentationClass", 128)
+    shown = torch.tensor([(larger[1, n][1] != 255).sum().item() for n in range(20)])
+    scale = (shown / (40 * 48)).sqrt()  # of the image, whatever the size of the crop
+    assert 0.48 < scale.min() < 0.8 and 1.6 < scale.max() < 2.02
     data.write_mask(voc / "SegmentationClass" / "b.png", np.zeros((10, 10)))
     with refused("b.png is 10 x 10 pixels, its image 40 x 48"):
         samples[1, 0]

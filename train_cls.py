@@ -21,7 +21,7 @@ import model as vit
 from refine import mask_arguments, mask_settings, present_classes, pseudo_label
 
 DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10,
-                pretrained="auto", drop_path=0.1, affinity_weight=0.1)
+                pretrained="auto", drop_path=0.1)
 RECIPES = {  # what other data sets need instead
     "toy": dict(preset="toy", size=64, batch=16, epochs=10, warmup_epochs=5, pretrained="none",
                 deep_from=2, affinity_weight=4.0, drop_path=0.0, lr=1e-3),
@@ -74,7 +74,8 @@ def parse_args(argv=None):
     add("--deep-from", type=data.number(int, 1), metavar="L",
         help="first deep layer, 0-based (default 7 of 12 layers; --data toy: 2)")
     add("--affinity-weight", type=data.number(float, 0), metavar="W",
-        help="of the AReAM loss (default 0.1; --data toy: 4)")
+        help="of the AReAM loss, a mean over layers (default 0.1 with split, as the release; 0.3 "
+             "with all, for as much a layer; --data toy: 4)")
     add("--labels", choices=("two-views", "shared"), default="two-views",
         help="pair labels come from an extra pass over image and mirror image (default), or from "
              "the training pass itself")
@@ -87,6 +88,8 @@ def parse_args(argv=None):
     args.split = args.split or data.training_split(args.data)
     if args.lr is None:
         args.lr = 5e-4 * args.batch / 512
+    if args.affinity_weight is None:
+        args.affinity_weight = 0.1 if args.coupling == "split" else 0.3
     if args.deep_from is None:
         args.deep_from = round(7 / 12 * (args.depth or vit.PRESETS[args.preset]["depth"]))
     if args.warmup_epochs > args.epochs:

@@ -23,7 +23,7 @@ SEEDS=2 row rate/3e-4 "${PLAIN[@]}" --lr 3e-4
 row schedule/none          "${PLAIN[@]}"
 row schedule/uniform-split "${UNIFORM[@]}"
 row schedule/entropy-split "${AREAM[@]}" --entropy static --coupling split
-row schedule/entropy-all   "${AREAM[@]}"
+row schedule/entropy-all   "${AREAM[@]}" --affinity-weight 0.1
 # how much loss? (0.1 above; 0.3 over all 12 layers gives a deep one what 0.1 over the 5 deep ones does)
 row schedule/uniform-split-0.03 "${UNIFORM[@]}" --affinity-weight 0.03
 row schedule/uniform-split-0.3  "${UNIFORM[@]}" --affinity-weight 0.3
@@ -32,13 +32,11 @@ row schedule/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
 NEAR=(--par-dilations 1 2 4 8)
 row schedule/uniform-split-near "${UNIFORM[@]}" "${NEAR[@]}"
 
-# Does it reach masks and segmentation?
-VIT=(--arch deeplabv3_vit --size 224 --epochs 5 --scales 1)
-deeplab deeplab/none          schedule/none          "${VIT[@]}"
-deeplab deeplab/uniform-split schedule/uniform-split "${VIT[@]}"
-masks   deeplab/none-normalised          schedule/none          --rows normalised
-masks   deeplab/uniform-split-normalised schedule/uniform-split --rows normalised
-segment deeplab/uniform-split-normalised deeplab/uniform-split-normalised "${VIT[@]}"
+# Does it reach the masks?
+masks masks/none                     schedule/none
+masks masks/none-normalised          schedule/none          --rows normalised
+masks masks/uniform-split            schedule/uniform-split
+masks masks/uniform-split-normalised schedule/uniform-split --rows normalised
 
 # Do deep layers over-smooth at other depths? (Figure 1; 12 is schedule/none)
 row depth/6  "${PLAIN[@]}" --depth 6
@@ -75,14 +73,12 @@ row trainaug/none          "${PLAIN[@]}"
 row trainaug/uniform-split "${UNIFORM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt"
 score trainaug-rows/none          trainaug/none          --rows normalised
 score trainaug-rows/uniform-split trainaug/uniform-split --rows normalised
-VIT+=(--epochs 3)
-deeplab trainaug-deeplab/none          trainaug/none          "${VIT[@]}"
-deeplab trainaug-deeplab/uniform-split trainaug/uniform-split "${VIT[@]}"
-masks   trainaug-deeplab/none-normalised          trainaug/none          --rows normalised
-masks   trainaug-deeplab/uniform-split-normalised trainaug/uniform-split --rows normalised
-segment trainaug-deeplab/uniform-split-normalised trainaug-deeplab/uniform-split-normalised "${VIT[@]}"
+masks trainaug-masks/none                     trainaug/none
+masks trainaug-masks/uniform-split            trainaug/uniform-split
+masks trainaug-masks/uniform-split-normalised trainaug/uniform-split --rows normalised
 
-# The same with PAR's nearer neighbours
+# Masks with PAR's nearer neighbours, and segmentation
+VIT=(--arch deeplabv3_vit --size 224 --epochs 3 --scales 1)
 masks   trainaug-near/none                     trainaug/none          "${NEAR[@]}"
 masks   trainaug-near/uniform-split-normalised trainaug/uniform-split "${NEAR[@]}" --rows normalised
 segment trainaug-near/none                     trainaug-near/none                     "${VIT[@]}"
@@ -95,8 +91,6 @@ segment trainaug-mobilenet/uniform-split-normalised trainaug-near/uniform-split-
 
 # The ViT's predictions at three scales
 THREE=(--scales 0.75 1 1.25)
-predict trainaug-scales/none                          trainaug-deeplab/none                     "${THREE[@]}"
-predict trainaug-scales/uniform-split-normalised      trainaug-deeplab/uniform-split-normalised "${THREE[@]}"
 predict trainaug-near-scales/none                     trainaug-near/none                        "${THREE[@]}"
 predict trainaug-near-scales/uniform-split-normalised trainaug-near/uniform-split-normalised    "${THREE[@]}"
 
