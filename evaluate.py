@@ -292,7 +292,7 @@ def contact_sheet(path, titles, rows, cell=150):
 
 
 def draw_pipeline(path, dataset, names, args, device):
-    """A row an image: photo, raw and refined CAM, pseudo-mask, prediction, ground truth.
+    """A row an image: photo, CAM, refined CAM, pseudo-mask, prediction, ground truth.
 
     The pseudo-mask is that of <out>/pseudo, or where there is none what refine.py's defaults make.
     """
@@ -311,10 +311,11 @@ def draw_pipeline(path, dataset, names, args, device):
         row = {"photo": photo}
         for run, model in models.items():
             shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
-            variants = {"raw": (), "refined": tuple(range(len(model.blocks)))}
+            variants = {"unrefined": (), "refined": tuple(range(len(model.blocks)))}
             cams = refine.seed_cams(model, shrunk, class_ids, variants,
                                     **refine.cam_settings(args))
-            row.setdefault("raw CAM", heat(photo, cams["raw"].amax(0)))  # of the first run
+            if "unrefined CAM" not in row:  # that of the first run
+                row["unrefined CAM"] = heat(photo, cams["unrefined"].amax(0))
             row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
         pseudo = args.out / "pseudo" / f"{name}.png"
         if pseudo.is_file():
