@@ -985,7 +985,7 @@ def test_deeplab_resumes_with_the_same_masks_alone(own):
         own.train_seg("--resume")
 
 
-def test_predictions_are_of_the_model_and_settings_that_are_there(own):
+def test_predictions_are_of_the_model_and_settings_that_are_there(own, monkeypatch):
     """A training that goes on replaces what the half-trained model predicted."""
     predicted = own.out / "pred" / "val" / "toy_val_0001.png"
     own.train_seg("--epochs 2 --overwrite")
@@ -1000,6 +1000,10 @@ def test_predictions_are_of_the_model_and_settings_that_are_there(own):
     only = "--predict-only --resume"
     with refused("--resume in .*val with another --scales"):
         own.train_seg(f"{only} --scales 0.5")
+    monkeypatch.setattr(train_seg, "ATROUS_RATES", (12, 24, 36))
+    with refused(r"trained with the atrous rates \[6, 12, 18\], ATROUS_RATES is now \[12, 24, 36"):
+        own.train_seg(only)
+    monkeypatch.undo()
     own.train_seg(only)
     assert predicted.is_file()
     data.write_checkpoint(last, {**checkpoint, "epoch": 2, "extra": 0})

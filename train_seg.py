@@ -319,11 +319,21 @@ def make_optimizer(net, args):
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
 
 
+def read_deeplab(path, dataset):
+    """A checkpoint of this stage; ValueError if its weights are meant for other atrous rates."""
+    checkpoint = data.read_checkpoint(path, "seg", dataset)
+    rates = checkpoint["config"].get("atrous_rates")
+    if rates != list(ATROUS_RATES):
+        raise ValueError(f"{path} was trained with the atrous rates {rates}, ATROUS_RATES is now "
+                         f"{list(ATROUS_RATES)}: train again with --overwrite")
+    return checkpoint
+
+
 def restore(net, optimizer, args, dataset, folder, classifier):
     """Where training begins (resumed, pretrained, scratch) -> the first epoch."""
     last = folder / "last.pt"
     if args.resume and last.is_file():
-        checkpoint = data.read_checkpoint(last, "seg", dataset)
+        checkpoint = read_deeplab(last, dataset)
         if checkpoint["config"]["arch"] != args.arch:
             raise ValueError(f"--resume in {folder}, which holds a "
                              f"{checkpoint['config']['arch']}, with --arch {args.arch}")
@@ -410,7 +420,8 @@ def main(argv=None):
         shutil.rmtree(pred, ignore_errors=True)
     data.wait_for_all()
     config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes),
-              "classifier": classifier and classifier["config"], "scales": args.scales}
+              "classifier": classifier and classifier["config"], "scales": args.scales,
+              "atrous_rates": list(ATROUS_RATES)}
 
     # train
     wrapped = data.distributed(net, device)
@@ -432,7 +443,7 @@ def main(argv=None):
 
 def load_trained(args, dataset, device):
     """The DeepLab of <out>/seg in eval mode, and its config; dataset: what it was trained on."""
-    checkpoint = data.read_checkpoint(args.out / "seg" / "last.pt", "seg", dataset)
+    checkpoint = read_deeplab(args.out / "seg" / "last.pt", dataset)
     config = checkpoint["config"]
     net = build(config["arch"], len(config["classes"]), config["classifier"])
     net.load_state_dict(checkpoint["model"])
