@@ -256,8 +256,7 @@ def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", b
         if observe and scale == min(scales, key=lambda s: abs(s - 1)):
             observe(output, (h, w))
         plain = output.cam[:, class_ids]  # (2, K, gh, gw)
-        attended = aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
-        attended = scale**2 * attended
+        attended = scale**2 * aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
         blocks = [aream.patch_block(a, plain[0, 0].numel()) for a in output.affinity]
         if rows == "normalised":
             blocks = [aream.normalise_rows(block) for block in blocks]

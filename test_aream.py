@@ -1129,7 +1129,10 @@ def test_cnn_architectures(arch, monkeypatch):
     net = train_seg.build(arch, 4).eval()
     with torch.no_grad():
         assert net(torch.randn(1, 3, 65, 97))["out"].shape == (1, 5, 65, 97)
-        assert net.backbone(torch.randn(1, 3, 64, 96))["out"].shape[2:] == (4, 6)  # stride 16
+        channels, dilated = (320, 3) if arch == "deeplabv3_mobilenet_v2" else (2048, 2)
+        assert net.backbone(torch.randn(1, 3, 64, 96))["out"].shape == (1, channels, 4, 6)
+    convolutions = [m for m in net.backbone.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert sum(c.dilation != (1, 1) for c in convolutions) == dilated  # behind the last halving
 
     # torchvision's classification weights, whole and incomplete
     whole = getattr(torchvision.models, arch.removeprefix("deeplabv3_"))(weights=None).state_dict()
