@@ -84,6 +84,13 @@ masks   trainaug-near/uniform-split-normalised trainaug/uniform-split "${NEAR[@]
 segment trainaug-near/none                     trainaug-near/none                     "${VIT[@]}"
 segment trainaug-near/uniform-split-normalised trainaug-near/uniform-split-normalised "${VIT[@]}"
 
+# Masks decided everywhere
+EVERYWHERE=("${NEAR[@]}" --low 0.45 --high 0.45)
+masks   trainaug-decided/none                     trainaug/none          "${EVERYWHERE[@]}"
+masks   trainaug-decided/uniform-split-normalised trainaug/uniform-split "${EVERYWHERE[@]}" --rows normalised
+segment trainaug-decided/none                     trainaug-decided/none                     "${VIT[@]}"
+segment trainaug-decided/uniform-split-normalised trainaug-decided/uniform-split-normalised "${VIT[@]}"
+
 # Another network on these masks
 MOBILE=(--arch deeplabv3_mobilenet_v2 --pretrained "${MOBILENET:-auto}" --size 224 --epochs 5 --scales 1)
 segment trainaug-mobilenet/none                     trainaug-near/none                     "${MOBILE[@]}"
