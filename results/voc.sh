@@ -17,7 +17,7 @@ AREAM=("${THIRTY[@]}" --labels shared --branch-from "$OUT/schedule/none/%SEED%/c
 UNIFORM=("${AREAM[@]}" --reactivation uniform --coupling split)
 
 # Which learning rate? (30 epochs, the plain classifier; 1e-4 is schedule/none)
-SEEDS=2 row rate/3e-4 "${PLAIN[@]}" --lr 3e-4
+row rate/3e-4 "${PLAIN[@]}" --lr 3e-4
 
 # 30 epochs, the last 20 with the loss, all from the same warm-up
 row schedule/none          "${PLAIN[@]}"
