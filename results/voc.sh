@@ -85,9 +85,9 @@ segment trainaug-near/none                     trainaug-near/none               
 segment trainaug-near/uniform-split-normalised trainaug-near/uniform-split-normalised "${VIT[@]}"
 
 # Masks decided everywhere
-EVERYWHERE=("${NEAR[@]}" --low 0.45 --high 0.45)
-masks   trainaug-decided/none                     trainaug/none          "${EVERYWHERE[@]}"
-masks   trainaug-decided/uniform-split-normalised trainaug/uniform-split "${EVERYWHERE[@]}" --rows normalised
+DECIDED=(--low 0.45 --high 0.45)
+masks   trainaug-decided/none                     trainaug/none          "${DECIDED[@]}" "${NEAR[@]}"
+masks   trainaug-decided/uniform-split-normalised trainaug/uniform-split "${DECIDED[@]}" "${NEAR[@]}" --rows normalised
 segment trainaug-decided/none                     trainaug-decided/none                     "${VIT[@]}"
 segment trainaug-decided/uniform-split-normalised trainaug-decided/uniform-split-normalised "${VIT[@]}"
 
@@ -102,7 +102,7 @@ predict trainaug-near-scales/none                     trainaug-near/none        
 predict trainaug-near-scales/uniform-split-normalised trainaug-near/uniform-split-normalised    "${THREE[@]}"
 
 # What does PAR do? (masks decided everywhere)
-DECIDED=(--split train --low 0.45 --high 0.45)
+DECIDED+=(--split train)
 masks par/none                             trainaug/none          "${DECIDED[@]}"
 masks par/none-near                        trainaug/none          "${DECIDED[@]}" "${NEAR[@]}"
 masks par/none-without                     trainaug/none          "${DECIDED[@]}" --par-iterations 0
