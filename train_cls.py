@@ -21,10 +21,10 @@ import model as vit
 from refine import mask_arguments, mask_settings, present_classes, pseudo_label
 
 DEFAULTS = dict(preset="deit_small", size=224, batch=64, epochs=60, warmup_epochs=10,
-                pretrained="auto", drop_path=0.1)
+                pretrained="auto", drop_path=0.1, augment="release")
 RECIPES = {  # what other data sets need instead
     "toy": dict(preset="toy", size=64, batch=16, epochs=10, warmup_epochs=5, pretrained="none",
-                deep_from=2, affinity_weight=4.0, drop_path=0.0, lr=1e-3),
+                deep_from=2, affinity_weight=4.0, drop_path=0.0, augment="jitter", lr=1e-3),
 }
 
 
@@ -50,8 +50,9 @@ def parse_args(argv=None):
     add("--split", help="default trainaug of VOC2012, else train")
     add("--branch-from", metavar="CKPT",
         help="go on from another run's checkpoint, with this run's settings")
-    add("--augment", choices=AUGMENTATIONS, default="jitter",
-        help="crops and colour jitter (default), or as the release: RandAugment, erasing")
+    add("--augment", choices=AUGMENTATIONS,
+        help="release (default): crops, RandAugment, erasing; jitter (--data toy): larger crops, "
+             "colour jitter")
     add("--size", type=data.number(int, 1), metavar="PX",
         help="of a training crop (default 224; --data toy: 64)")
     add("--batch", type=data.number(int, 1), help="default 64; --data toy: 16")

@@ -10,14 +10,10 @@ SCORE=(--limit 400)
 MASKS=(--limit 500)
 source "$(dirname "$0")/common.sh"
 TINY=(--preset deit_tiny --pretrained "${DEIT_TINY:-auto}" --batch 16)
-RELEASE=("${TINY[@]}" --augment release)
-THIRTY=("${RELEASE[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4)
+THIRTY=("${TINY[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4)
 PLAIN=("${THIRTY[@]}" --reactivation none)
 AREAM=("${THIRTY[@]}" --labels shared --branch-from "$OUT/schedule/none/%SEED%/cls/warmup.pt")
 UNIFORM=("${AREAM[@]}" --reactivation uniform --coupling split)
-
-# Which learning rate? (30 epochs, the plain classifier; 1e-4 is schedule/none)
-row rate/3e-4 "${PLAIN[@]}" --lr 3e-4
 
 # 30 epochs, the last 20 with the loss, all from the same warm-up
 row schedule/none          "${PLAIN[@]}"
@@ -31,6 +27,9 @@ row schedule/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
 # the labels with PAR's nearer neighbours
 NEAR=(--par-dilations 1 2 4 8)
 row schedule/uniform-split-near "${UNIFORM[@]}" "${NEAR[@]}"
+# the plain classifier with three times the learning rate, with the other augmentation
+row schedule/none-3e-4   "${PLAIN[@]}" --lr 3e-4
+row schedule/none-jitter "${PLAIN[@]}" --augment jitter
 
 # Does it reach the masks?
 masks masks/none                     schedule/none
@@ -42,11 +41,6 @@ masks masks/uniform-split-normalised schedule/uniform-split --rows normalised
 row depth/6  "${PLAIN[@]}" --depth 6
 row depth/8  "${PLAIN[@]}" --depth 8
 row depth/10 "${PLAIN[@]}" --depth 10
-
-# What the defaults do: colour jitter, all layers coupled, online entropy, two views
-DEFAULT=("${TINY[@]}" --epochs 30 --lr 1e-4)
-row defaults/none    "${DEFAULT[@]}" --reactivation none
-row defaults/entropy "${DEFAULT[@]}" --branch-from "$OUT/defaults/none/%SEED%/cls/warmup.pt"
 
 # Do patches' draws from class tokens spoil the refinement? (rows of patch blocks normalised)
 score rows/none          schedule/none          --rows normalised
@@ -60,7 +54,7 @@ score walk/squared      schedule/none --beta 2
 score walk/three-scales schedule/none --scales 0.5 1 1.5
 
 # Does bfloat16 change anything? (3 epochs)
-SHORT=("${RELEASE[@]}" --lr 3e-4 --epochs 3 --warmup-epochs 1 --coupling split --reactivation none)
+SHORT=("${TINY[@]}" --lr 3e-4 --epochs 3 --warmup-epochs 1 --coupling split --reactivation none)
 row precision/float32  "${SHORT[@]}" --precision float32
 row precision/bfloat16 "${SHORT[@]}" --precision bfloat16
 masks precision-masks/float32  schedule/none --precision float32
