@@ -1907,6 +1907,7 @@ def test_the_users_errors_are_one_line(stage, flags, message, tmp_path, capsys, 
     (lambda: signal.raise_signal(signal.SIGINT), 130,
      "interrupted (stages 1 to 3 go on with --resume)\n")])
 def test_faults_keep_their_traceback_and_ctrl_c_has_none(capsys, main, code, printed):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     with pytest.raises(SystemExit) as left:
         data.run(main)
     err = capsys.readouterr().err

@@ -438,7 +438,7 @@ def main(argv=None):
         record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
         data.log_line(folder, record)
 
-    # class mAP, for information: nothing is chosen by it
+    # class mAP, for information: no checkpoint is chosen by it
     if not data.rank():
         if val is None:
             print(f"no class mAP: {args.data} has no val list")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The study on toy:  [SEEDS="0 1 2 3 4"] bash results/toy.sh   Writes results/toy.json; runs go to runs/study-toy.
+# The study on toy:  [SEEDS="0 1 2 3 4"] bash results/toy.sh
+# Runs and records.json, which the last line prints, go to runs/study-toy; results/toy.json is such records.
 OUT=runs/study-toy
 SEEDS=${SEEDS:-0 1 2 3 4}
 DATA=(--data toy)
@@ -18,4 +19,4 @@ deeplab deeplab/none reactivation/none
 deeplab deeplab/uniform reactivation/uniform
 deeplab deeplab/entropy reactivation/entropy
 
-"$PYTHON" evaluate.py --what study --out $OUT --records results/toy.json
+"$PYTHON" evaluate.py --what study --out $OUT --records $OUT/records.json
