@@ -13,6 +13,8 @@ WARM=(--branch-from "$OUT/reactivation/none/%SEED%/cls/warmup.pt")
 row reactivation/none --reactivation none
 row reactivation/uniform "${WARM[@]}" --reactivation uniform
 row reactivation/entropy "${WARM[@]}"
+# uniform weights, and labels without a pass of their own
+row reactivation/uniform-shared "${WARM[@]}" --reactivation uniform --labels shared
 
 # Does it reach masks and segmentation?
 deeplab deeplab/none reactivation/none
