@@ -90,3 +90,8 @@ deeplab() {
   masks "$name" "$of"
   segment "$name" "$name" "$@"
 }
+
+# study: the scores of all rows, gathered in $OUT/records.json and printed as tables
+study() {
+  "$PYTHON" evaluate.py --what study --out "$OUT" --records "$OUT/records.json"
+}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study on toy:  [SEEDS="0 1 2 3 4"] bash results/toy.sh
-# Runs and records.json, which the last line prints, go to runs/study-toy; results/toy.json is such records.
+# What ran, and which seeds of it: results/toy.json and avx2.json.
 OUT=runs/study-toy
 SEEDS=${SEEDS:-0 1 2 3 4}
 DATA=(--data toy)
@@ -21,4 +21,4 @@ deeplab deeplab/none reactivation/none
 deeplab deeplab/uniform reactivation/uniform
 deeplab deeplab/entropy reactivation/entropy
 
-"$PYTHON" evaluate.py --what study --out $OUT --records $OUT/records.json
+study

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The study on VOC:  VOC_ROOT=<holds VOCdevkit> [DEIT_TINY=<file>] [MOBILENET=<file>] [SEEDS="0 1 2"] bash results/voc.sh
-# DeiT-Tiny, 224 px, batch 16, on `train`. One core with AVX-512 and bfloat16 takes 35 to 45 minutes for a run of 30 epochs.
-# Runs and records.json, which the last line prints, go to runs/study-voc. What ran for results/README.md, and which seeds
-# of it: results/voc.json and voc_h200.json, such records.
+# DeiT-Tiny, 224 px, batch 16, on `train`. A run of 30 epochs takes 35 to 45 minutes on one core with native bfloat16.
+# What ran, and which seeds of it: results/voc.json, voc_h200.json and avx2.json.
 OUT=runs/study-voc
 SEEDS=${SEEDS:-0 1 2}
 DATA=(--data VOC2012 --data-root "${VOC_ROOT:-data}" --split train)
@@ -104,4 +103,4 @@ masks par/uniform-split-normalised         trainaug/uniform-split "${DECIDED[@]}
 masks par/uniform-split-normalised-near    trainaug/uniform-split "${DECIDED[@]}" --rows normalised "${NEAR[@]}"
 masks par/uniform-split-normalised-without trainaug/uniform-split "${DECIDED[@]}" --rows normalised --par-iterations 0
 
-"$PYTHON" evaluate.py --what study --out $OUT --records $OUT/records.json
+study
