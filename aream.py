@@ -154,32 +154,43 @@ def count_pairs(label):
     return torch.stack([(label == 0).sum(), (label == 1).sum()])
 
 
-def affinity_loss(prob, label, image_weight=1.0, pairs=None):
+def pair_weights(label, pairs=None):
+    """What a pair costs per unit of its probability, and what an image costs at probability 0.
+
+    label (B, P, P) in {0, 1, 255}. Returns weight (B, P, P) and constant (B,), with which the
+    affinity loss of an image is sum(weight * prob) + constant: they serve all layers of a step.
+    pairs (2,) = (n0, n1) replaces the counts of label, when that is only a part of the batch.
+    """
+    n0, n1 = count_pairs(label) if pairs is None else pairs
+    same, different = label == 1, label == 0
+    weight = 0.5 * (different / (n0 + 1) - same / (n1 + 1))
+    constant = 0.5 * same.sum((1, 2)) / (n1 + 1)
+    return weight, constant
+
+
+def affinity_loss(prob, label):
     """Same-class pairs towards 1, different pairs towards 0, each side with half the weight.
 
     prob (B, P, P) in [0, 1]; label (B, P, P) in {0, 1, 255}. Returns (): with n1, n0 the pairs of
     the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1).
-    image_weight (B,) multiplies an image's pairs. pairs (2,) = (n0, n1) replaces the counts of
-    label, when that is only a part of the batch.
     """
-    n0, n1 = count_pairs(label) if pairs is None else pairs
-    attract = (1 - prob).masked_fill(label != 1, 0).sum((1, 2)) / (n1 + 1)  # (B,)
-    repel = prob.masked_fill(label != 0, 0).sum((1, 2)) / (n0 + 1)
-    return (image_weight * (0.5 * attract + 0.5 * repel)).sum()
+    weight, constant = pair_weights(label)
+    return (weight * prob).sum() + constant.sum()
 
 
 def aream_loss(affinity_logits, label, w_hat, supervised, pairs=None):
     """Mean over the supervised layers of w_hat^l times the affinity loss of that layer.
 
-    affinity_logits: L maps (B, N, N); label (B, P, P); w_hat (B, L) or (L,), no gradient;
-    supervised: layer indices; pairs: see affinity_loss.
+    affinity_logits: L maps (B, N, N); label (B, P, P); w_hat (B, L) or (L,), no gradient, weights
+    an image's pairs; supervised: layer indices; pairs: see pair_weights.
     """
     P, total = label.shape[-1], 0
     w_hat = w_hat.detach().expand(len(label), -1)
-    pairs = count_pairs(label) if pairs is None else pairs
+    weight, constant = pair_weights(label, pairs)
     for l in supervised:
         prob = patch_block(affinity_logits[l], P).sigmoid()
-        total = total + affinity_loss(prob, label, w_hat[:, l], pairs)
+        of_image = (weight * prob).sum((1, 2)) + constant  # affinity_loss, image by image
+        total = total + (w_hat[:, l] * of_image).sum()
     return total / len(supervised)
 
 

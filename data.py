@@ -1102,6 +1102,13 @@ def join(device):
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12),
                                 device_id=device if cuda else None)
         atexit.register(dist.destroy_process_group)
+    if rank():  # one of them speaks
+        sys.stdout = open(os.devnull, "w")
+
+
+def share(items):
+    """The part of a list that this process works on."""
+    return items[rank()::world()]
 
 
 def wait_for_all():
@@ -1124,7 +1131,8 @@ def distributed(model, device):
     if cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(
-        model, [device.index] if cuda else None, broadcast_buffers=not cuda)
+        model, [device.index] if cuda else None, broadcast_buffers=not cuda,
+        gradient_as_bucket_view=True)
 
 
 def run(main):
@@ -1207,13 +1215,19 @@ def argument_parser(description):
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of matrix products; auto (default): bfloat16 where the device has it natively, for "
              "--data toy float32")
-    add("--workers", type=number(int, 0), default=min(8, (os.cpu_count() or 2) // 2),
-        help="processes that load images (default: half the cores, at most 8)")
+    add("--workers", type=number(int, 0), default=default_workers(),
+        help="processes that load images (default: half the cores, of several processes each its "
+             "share, at most 8)")
     add("--seed", type=number(int, 0, 2**31), default=0, metavar="N",
         help="of weights, order, crops and drop-path (default 0)")
     add("--deterministic", action="store_true",
         help="on CUDA: the same bits again (a CPU always gives them)")
     return parser
+
+
+def default_workers():
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+    return min(8, (os.cpu_count() or 2) // 2 // local_world)
 
 
 def resuming_arguments(parser):

@@ -8,7 +8,7 @@ Reads  ground truth (train_seg.py looks too, to refuse it) and what --what names
        study               the records of many runs, as tables (--records)
        submission          <out>/pred/<split> packed for the VOC server
 Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png, demo.png,
-       worst_pseudo.png, worst_pred.png, comp6_<split>_cls.tgz}
+       comp6_<split>_cls.tgz}
 Run    python evaluate.py --data VOC2012 --what pred
 Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
 """
@@ -77,13 +77,15 @@ def threshold_counts(cam, values, target, num_classes):
     T = len(THRESHOLDS): target class, winning foreground class, number of THRESHOLDS that the
     winner's score exceeds.
     """
+    K, bins = len(cam), len(THRESHOLDS) + 1
     score, winner = cam.max(0)
-    valid = target != data.IGNORE
-    exceeded = torch.bucketize(score[valid], THRESHOLDS)  # how many thresholds are < score
-    bins = len(THRESHOLDS) + 1
-    index = (target[valid].long() * num_classes + values[winner[valid]]) * bins + exceeded
-    counts = torch.bincount(index, minlength=num_classes**2 * bins)
-    return counts.view(num_classes, num_classes, bins)
+    exceeded = (100 * score).ceil().int()  # 0.07 exceeds seven of them, 0.00 to 0.06
+    row = target.int().clamp_max(num_classes)  # ignored pixels in a row of their own, left out
+    index = (row * K + winner.int()) * bins + exceeded
+    counts = torch.bincount(index.flatten(), minlength=(num_classes + 1) * K * bins)
+    total = counts.new_zeros(num_classes, num_classes, bins)
+    total[:, values] = counts.view(num_classes + 1, K, bins)[:num_classes]
+    return total
 
 
 def curve(counts):
@@ -139,11 +141,11 @@ def need_classes(counts, dataset):
                          f"{data.IGNORE}")
 
 
-def evaluate_masks(dataset, folder, pseudo=False):
-    """Confusion (M, M) of a folder's PNGs, unlabelled pixels by class (M,), images' mIoU."""
+def evaluate_masks(dataset, folder, pseudo=False, device="cpu"):
+    """Confusion (M, M) of a folder's PNGs, and unlabelled pixels by class (M,)."""
     C = len(dataset.classes)
-    confusion, unlabelled, each = torch.zeros(C + 1, C + 1).long(), torch.zeros(C + 1).long(), {}
-    for name in dataset.ids:
+    confusion, unlabelled = torch.zeros(C + 1, C + 1).long(), torch.zeros(C + 1).long()
+    for name in data.share(dataset.ids):
         path = folder / f"{name}.png"
         mask = torch.from_numpy(data.read_mask(path, C))
         target = target_of(dataset, name, mask.shape, path)
@@ -153,26 +155,27 @@ def evaluate_masks(dataset, folder, pseudo=False):
             target = target.masked_fill(undecided, data.IGNORE)
             mask = mask.masked_fill(mask == data.IGNORE, 0)
         try:
-            own = confusion_matrix(mask, target, C + 1)
+            confusion += confusion_matrix(mask, target, C + 1)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        confusion += own
-        each[name] = scores(own)["miou"]
+    confusion, unlabelled = (data.sum_over_all(c.to(device)).cpu() for c in (confusion, unlabelled))
     need_classes(confusion.sum(1) + unlabelled, dataset)
     if not confusion.any():
         raise ValueError(f"the masks in {folder} decide on no pixel: there is nothing to score")
-    return confusion, unlabelled, each
+    return confusion, unlabelled
 
 
-def evaluate_cams(dataset, folder):
+def evaluate_cams(dataset, folder, device="cpu"):
     """threshold_counts summed over the CAM files of a folder."""
-    counts, M = 0, len(dataset.classes) + 1
-    for name in dataset.ids:
+    M = len(dataset.classes) + 1
+    counts = torch.zeros(M, M, len(THRESHOLDS) + 1).long()
+    for name in data.share(dataset.ids):
         path = folder / f"{name}.npz"
         class_ids, cam, size = data.read_cam(path)
         target = target_of(dataset, name, size, path)
         cam = data.bilinear(cam[None], size)[0]
-        counts = counts + threshold_counts(cam, data.mask_value(class_ids), target, M)
+        counts += threshold_counts(cam, data.mask_value(class_ids), target, M)
+    counts = data.sum_over_all(counts.to(device)).cpu()
     need_classes(counts.sum((1, 2)), dataset)
     return counts
 
@@ -191,31 +194,34 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     variants = {"patch map alone": None, "unrefined": (), "all layers": every,
                 "shallow layers": tuple(shallow), "deep layers": tuple(deep),
                 "all, weighted": "entropy", **{f"layer {l}": (l,) for l in every}}
-    counts, measured, begin = {name: 0 for name in variants}, [], time.time()
-    M = len(dataset.classes) + 1
-    for i, name in enumerate(dataset.ids, 1):
+    M, begin, share = len(dataset.classes) + 1, time.time(), data.share(range(len(dataset.ids)))
+    counts = torch.zeros(len(variants), M, M, len(THRESHOLDS) + 1).long().to(device)
+    measured = torch.zeros(len(dataset.ids), len(MEASURES), len(every), device=device)
+    for done, number in enumerate(share, 1):
+        name = dataset.ids[number]
         pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
-        target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name))
+        target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name)).to(device)
         labels = dataset.label_vector(name)[None].to(device)
         shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
 
         def observe(output, size):
             padded = pad_target(target, output.cam.shape[-2:], size, model.patch)
-            measured.append(measure_layers(output, labels, padded, args.rows))
+            measured[number] = measure_layers(output, labels, padded, args.rows)
 
         cams = refine.seed_cams(model, shrunk, class_ids, variants, observe=observe,
                                 **refine.cam_settings(args))
 
         values = data.mask_value(torch.tensor(class_ids))
-        for variant, cam in cams.items():
-            cam = data.bilinear(cam[None].cpu(), target.shape)[0]
-            counts[variant] = counts[variant] + threshold_counts(cam, values, target, M)
-        if i % 20 == 0:
-            data.progress(f"{i}/{len(dataset.ids)}  {i / (time.time() - begin):.1f} images/s")
+        for own, cam in zip(counts, cams.values()):  # in the order of variants
+            cam = data.bilinear(cam[None], target.shape)[0]
+            own += threshold_counts(cam, values, target, M)
+        if done % 20 == 0:
+            data.progress(f"{done}/{len(share)}  {done / (time.time() - begin):.1f} images/s")
     data.progress("")
-    need_classes(counts["unrefined"].sum((1, 2)), dataset)
-    measures = dict(zip(MEASURES, torch.stack(measured).nanmean(0).tolist()))
-    return {variant: summarise(c) for variant, c in counts.items()}, measures
+    counts, measured = data.sum_over_all(counts).cpu(), data.sum_over_all(measured).cpu()
+    need_classes(counts[0].sum((1, 2)), dataset)
+    measures = dict(zip(MEASURES, measured.nanmean(0).tolist()))
+    return {variant: summarise(c) for variant, c in zip(variants, counts)}, measures
 
 
 def pad_target(target, grid, size, patch):
@@ -238,7 +244,7 @@ def measure_layers(output, labels, target, rows):
     grid = output.cam.shape[-2:]
     blocks = torch.cat([aream.patch_block(a[:1], math.prod(grid)) for a in output.affinity])
     patch = aream.patch_label(target[None], grid)[0]  # (P,)
-    of_tokens = 1 - blocks.sum(-1).cpu()  # (L, P)
+    of_tokens = 1 - blocks.sum(-1)  # (L, P)
     on_objects = of_tokens[:, (patch > 0) & (patch != data.IGNORE)].mean(-1)  # nan if there is none
     on_background = of_tokens[:, patch == 0].mean(-1)
 
@@ -247,8 +253,7 @@ def measure_layers(output, labels, target, rows):
     entropy = aream.layer_entropy(output.cam[:1], [b[None] for b in blocks], labels)[0]
     _, w_hat = aream.reactivation_weights(entropy)
     distance, top = aream.row_distance(blocks), aream.top_share(blocks)
-    return torch.stack([entropy.cpu(), distance.cpu(), top.cpu(), on_objects, on_background,
-                        w_hat.cpu()])
+    return torch.stack([entropy, distance, top, on_objects, on_background, w_hat])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -330,19 +335,6 @@ def draw_pipeline(path, dataset, names, args, device):
     titles = list(row)
     contact_sheet(path, titles, {name: list(row.values()) for name, row in rows.items()}, 132)
     print(f"{path} shows the first {len(rows)} images of {args.split}")
-
-
-def draw_worst(dataset, folder, each, args):
-    """The --worst images of the lowest mIoU (each: name -> mIoU): photo, mask, ground truth."""
-    path = args.out / f"worst_{args.what}.png"
-    known = [(score, name) for name, score in each.items() if not math.isnan(score)]
-    rows = {}
-    for score, name in sorted(known)[:args.worst]:
-        mask = data.read_mask(folder / f"{name}.png")
-        pictures = [np.asarray(dataset.image(name)), paint(mask), paint(dataset.mask(name))]
-        rows[f"{name}: mIoU {100 * score:.0f}"] = pictures
-    contact_sheet(path, ["photo", "mask", "ground truth"], rows)
-    print(f"{path}: the worst are {', '.join(rows)}")
 
 
 def draw_chart(draw, corner, size, title, series, level=None):
@@ -617,7 +609,7 @@ def need_outputs(args, dataset, folder, suffix):
 def score_cams(dataset, args, device):
     folder = args.out / "cam"
     need_outputs(args, dataset, folder, ".npz")
-    counts = evaluate_cams(dataset, folder)
+    counts = evaluate_cams(dataset, folder, device)
     record = summarise(counts)
     record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
     print(f"{heading(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold "
@@ -630,14 +622,12 @@ def score_cams(dataset, args, device):
 def score_pseudo_masks(dataset, args, device):
     folder = args.out / "pseudo"
     need_outputs(args, dataset, folder, ".png")
-    confusion, unlabelled, each = evaluate_masks(dataset, folder, pseudo=True)
+    confusion, unlabelled = evaluate_masks(dataset, folder, True, device)
     labelled, every = scores(confusion), scores(confusion, unlabelled)
     undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
     print(f"{heading(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, "
           f"{100 * every['miou']:.1f} over all ({100 * undecided:.1f} % undecided)")
     print_classes(dataset, labelled)
-    if args.worst:
-        draw_worst(dataset, folder, each, args)
     return {"labelled": 100 * labelled["miou"], "all": 100 * every["miou"],
             "undecided": 100 * undecided}
 
@@ -645,12 +635,10 @@ def score_pseudo_masks(dataset, args, device):
 def score_predictions(dataset, args, device):
     folder = args.out / "pred" / args.split
     need_outputs(args, dataset, folder, ".png")
-    confusion, _, each = evaluate_masks(dataset, folder)
+    confusion, _ = evaluate_masks(dataset, folder, device=device)
     result = scores(confusion)
     print(f"{heading(args, dataset)}: mIoU {100 * result['miou']:.1f}")
     print_classes(dataset, result)
-    if args.worst:
-        draw_worst(dataset, folder, each, args)
     return {"miou": 100 * result["miou"]}
 
 
@@ -672,7 +660,8 @@ def score_layers(dataset, args, device):
         if len(before["measures"]["entropy"]) != len(model.blocks):
             raise ValueError(f"{path} is of a model with another number of layers")
         records = {"/".join(args.before.resolve().parts[-2:]): before, **records}
-    draw_layers(args.out / "layers.png", model, dataset, records, args, device)
+    if not data.rank():
+        draw_layers(args.out / "layers.png", model, dataset, records, args, device)
     return record
 
 
@@ -738,8 +727,6 @@ def parse_args(argv=None):
         help="the --out of the plain classifier, for layers, pictures and demo")
     add("--records", type=Path, metavar="JSON",
         help="for study: gather the runs under --out in this file, and print it")
-    add("--worst", type=data.number(int, 0), default=0, metavar="N",
-        help="for pseudo and pred: also draw the N worst images")
     add("--images", type=data.number(int, 1), default=8, metavar="N",
         help="how many images pictures and demo show (default 8)")
     add("--deep-from", type=data.number(int, 1), metavar="L",
@@ -749,8 +736,6 @@ def parse_args(argv=None):
     args.split = args.split or OTHER_SPLITS.get(args.what, "train")
     if args.what == "study" and args.records is None:
         parser.error("--what study needs --records, a file such as results/toy.json")
-    if args.worst and args.what not in ("pseudo", "pred"):
-        parser.error(f"--worst {args.worst} --what {args.what}: it goes with pseudo and pred")
     if args.what == "demo" and args.before is None:
         parser.error("--what demo compares two runs: name the plain one with --before OUT")
     return args
@@ -765,9 +750,11 @@ def main(argv=None):
     device = data.start(args)
 
     dataset = data.open_split(args, args.split)
+    if args.what in OTHER_SPLITS and args.what != "pred" and data.rank():
+        return  # what draws or packs is work for one process
     begin = time.time()
     scored = WHAT[args.what](dataset, args, device)
-    if scored is None:
+    if scored is None or data.rank():
         return
     record = {"what": args.what, "data": args.data, "split": args.split,
               "images": len(dataset.ids), "precision": args.precision, **scored,

@@ -58,21 +58,25 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, A, N, d)
         scale = (D // self.heads) ** -0.5
-        affinity = logits = None
+        prob = affinity = logits = None
+        on_cpu = x.device.type == "cpu"
         if capture in (True, "affinity"):
             # Only the mean over heads leaves: memory grows with L N^2, not with L A N^2.
-            with torch.no_grad():
-                prob = ((q @ k.transpose(-2, -1)) * scale).float().softmax(-1)  # (B, A, N, N)
-                affinity = prob.mean(1)  # (B, N, N)
+            prob = ((q * scale) @ k.transpose(-2, -1)).softmax(-1, torch.float32)  # (B, A, N, N)
+            affinity = prob.detach().mean(1)  # (B, N, N)
+        elif on_cpu and q.dtype == torch.bfloat16:  # of which the fused kernel is slow there
+            prob = ((q * scale) @ k.transpose(-2, -1)).softmax(-1)
+
+        # softmax(q k^T / sqrt(d)) v: on a CPU from prob, if it is there; a GPU's fused kernel is
+        # faster even then
+        if on_cpu and prob is not None:
+            attended = prob.to(v.dtype) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v)
         if capture in (True, "logits"):
             # The mean over heads of q_h k_h^T is one product over all channels.
             q_all, k_all = qkv[:, :, 0].flatten(2), qkv[:, :, 1].flatten(2)  # (B, N, D)
             logits = (q_all @ k_all.transpose(-2, -1)).float() * (scale / self.heads)
-        if affinity is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            # prob is there already; a GPU attends anew with its fused kernel faster even so
-            attended = prob.to(v.dtype) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).reshape(B, N, D)), affinity, logits
 
 

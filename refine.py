@@ -400,7 +400,7 @@ def main(argv=None):
         return (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
 
     begin = time.time()
-    todo = [name for name in dataset.ids[data.rank()::data.world()] if not done(name)]
+    todo = [name for name in data.share(dataset.ids) if not done(name)]
     images = data.load_images(dataset, todo, args.workers, device)
     for count, (name, pixels) in enumerate(images, 1):
         class_ids = dataset.labels(name)

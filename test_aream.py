@@ -545,9 +545,8 @@ def test_scores_of_pseudo_masks_by_hand(tmp_path):
         mask_path = mask = lambda self, name: np.array([[0, 0, 1, 1, 255]])
 
     data.write_mask(tmp_path / "a.png", np.array([[0, 255, 1, 0, 1]]))
-    confusion, unlabelled, each = evaluate.evaluate_masks(Dataset(), tmp_path, pseudo=True)
+    confusion, unlabelled = evaluate.evaluate_masks(Dataset(), tmp_path, pseudo=True)
     assert confusion.tolist() == [[1, 0], [1, 1]] and unlabelled.tolist() == [1, 0]
-    assert each["a"] == pytest.approx((1 / 2 + 1 / 2) / 2)
     every = evaluate.scores(confusion, unlabelled)["miou"]  # an undecided pixel is missed
     assert every == pytest.approx((1 / 3 + 1 / 2) / 2)
     Dataset.mask = lambda self, name: np.array([[0, 0, 255, 255, 255]])  # 0 and 255 for an object
@@ -936,17 +935,6 @@ def test_pictures(own):
     """One classifier, and no predictions of train: five columns."""
     own.evaluate("pictures", "--split train --images 2")
     assert Image.open(own.out / "pictures.png").width == 5 * 132
-
-
-def test_the_worst_images(own, capsys):
-    own.evaluate("pseudo", "--worst 2")
-    dataset = data.open_data("toy", None, "train", 16)
-    _, _, each = evaluate.evaluate_masks(dataset, own.out / "pseudo", pseudo=True)
-    worst = min(each, key=each.get)
-    assert f"worst are {worst}: mIoU {100 * each[worst]:.0f}, " in capsys.readouterr().out
-    assert Image.open(own.out / "worst_pseudo.png").width == 3 * 150
-    with refused("--worst 3 --what cam"):
-        own.evaluate("cam", "--worst 3")
 
 
 def test_refine_makes_only_what_is_missing(own):
@@ -2168,6 +2156,14 @@ def test_two_processes_train_and_refine_like_one(tmp_path):
     done = torchrun(2, HERE / "train_seg.py", *toy, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((two / "pred" / "val").glob("*.png"))) == 16
+
+    for what in ("layers", "cam", "pseudo"):
+        call(evaluate, one, f"--limit 16 --what {what}")
+        done = torchrun(2, HERE / "evaluate.py", *toy, "--limit", "16", "--what", what)
+        assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads((out / "results.json").read_text()) for out in (one, two)]
+    for expected, got in zip(*records):
+        assert {**expected, "seconds": 0} == {**got, "seconds": 0}
 
 
 @slow

@@ -347,7 +347,7 @@ def make_optimizer(model, args):
         else:
             decayed.append(parameter)
     return torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                              {"params": plain, "weight_decay": 0.0}], lr=args.lr)
+                              {"params": plain, "weight_decay": 0.0}], lr=args.lr, fused=True)
 
 
 def restore(model, optimizer, args, dataset, folder):

@@ -291,7 +291,7 @@ def predict_split(net, dataset, scales, args, device):
                                          "precision": args.precision,
                                          "made_from": {"model": model}})
     data.wait_for_all()
-    share = dataset.ids[data.rank()::data.world()]
+    share = data.share(dataset.ids)
     todo = [name for name in share if not (folder / f"{name}.png").is_file()]
     images = data.load_images(dataset, todo, args.workers, device)
     for count, (name, pixels) in enumerate(images, 1):
@@ -315,7 +315,7 @@ def make_optimizer(net, args):
     groups = [{"params": backbone, "lr": args.lr, "base": args.lr},
               {"params": head, "lr": 10 * args.lr, "base": 10 * args.lr}]
     if args.arch == "deeplabv3_vit":
-        return torch.optim.AdamW(groups, weight_decay=0.01)
+        return torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
 
 
