@@ -1,13 +1,11 @@
 """Stage 4: mIoU of seeds, pseudo-masks and predictions; what each layer's affinity does; pictures.
 
-Reads  ground truth (train_seg.py looks too, to refuse it) and what --what names:
+Reads  ground truth and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
        layers              <out>/cls/last.pt: the seed refined by each layer, and its smoothness
        pictures            the first images of the split, from photo to prediction
-       demo                table and pictures of two finished runs, --before (plain) and --out
-       study               the records of many runs, as tables (--records)
        submission          <out>/pred/<split> packed for the VOC server
-Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png, demo.png,
+Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png,
        comp6_<split>_cls.tgz}
 Run    python evaluate.py --data VOC2012 --what pred
 Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
@@ -28,8 +26,7 @@ import data
 import refine
 
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
-FIXED = 45  # index of the fixed threshold: the middle of refine.LOW and HIGH, never tuned
-FIXED_THRESHOLD = FIXED / 100
+FIXED_THRESHOLD = 0.45  # the middle of refine.LOW and HIGH, never tuned
 MEASURES = ("entropy", "distance", "top", "objects", "background", "w_hat")  # of a layer
 
 
@@ -42,7 +39,7 @@ def confusion_matrix(prediction, target, num_classes):
     prediction, target: arrays or tensors of one shape, target 0..M-1 or 255 (not counted),
     prediction 0..M-1. Raises ValueError on other shapes or values (255 in a prediction too).
     """
-    prediction, target = torch.as_tensor(prediction).long(), torch.as_tensor(target).long()
+    prediction, target = torch.as_tensor(prediction), torch.as_tensor(target)
     if prediction.shape != target.shape:
         raise ValueError(f"prediction is {tuple(prediction.shape)}, target {tuple(target.shape)}")
     valid = target != data.IGNORE
@@ -50,7 +47,7 @@ def confusion_matrix(prediction, target, num_classes):
         if values.numel() and (values.min() < 0 or values.max() >= num_classes):
             raise ValueError(f"the {name} holds {int(values.max())}, allowed are "
                              f"0..{num_classes - 1}")
-    index = target[valid] * num_classes + prediction[valid]
+    index = target[valid].int() * num_classes + prediction[valid].int()
     return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
 
 
@@ -77,12 +74,14 @@ def threshold_counts(cam, values, target, num_classes):
     T = len(THRESHOLDS): target class, winning foreground class, number of THRESHOLDS that the
     winner's score exceeds.
     """
-    K, bins = len(cam), len(THRESHOLDS) + 1
-    score, winner = cam.max(0)
-    exceeded = (100 * score).ceil().int()  # 0.07 exceeds seven of them, 0.00 to 0.06
-    row = target.int().clamp_max(num_classes)  # ignored pixels in a row of their own, left out
-    index = (row * K + winner.int()) * bins + exceeded
-    counts = torch.bincount(index.flatten(), minlength=(num_classes + 1) * K * bins)
+    (K, _, W), bins, counts = cam.shape, len(THRESHOLDS) + 1, 0
+    rows = max(1, 2**22 // W)  # so many at a time: a large photograph would take gigabytes
+    for part, truth in zip(cam.split(rows, 1), target.split(rows)):
+        score, winner = part.max(0)
+        exceeded = (100 * score).ceil().int()  # 0.07 exceeds seven of them, 0.00 to 0.06
+        row = truth.int().clamp_max(num_classes)  # ignored pixels in a row of their own, left out
+        index = (row * K + winner.int()) * bins + exceeded
+        counts = counts + torch.bincount(index.flatten(), minlength=(num_classes + 1) * K * bins)
     total = counts.new_zeros(num_classes, num_classes, bins)
     total[:, values] = counts.view(num_classes + 1, K, bins)[:num_classes]
     return total
@@ -93,7 +92,9 @@ def curve(counts):
 
     At threshold t a pixel takes its winning class if that scores above t, else background.
     """
-    # counts[..., n]: the score lies above n thresholds, so above number t where n > t
+    # counts[..., n] are pixels that score above the n lowest thresholds. Above number t are those
+    # with n > t: of three thresholds above number 0 with n = 1, 2, 3, above 1 with n = 2, 3, above
+    # 2 with n = 3. So it is a sum from the right, of which n = 0 is left out.
     above = counts.flip(-1).cumsum(-1).flip(-1)[..., 1:].permute(2, 0, 1)  # (T, M, M)
     confusion = above.clone()
     # where no class scores above t, the prediction is background: column 0
@@ -101,11 +102,16 @@ def curve(counts):
     return confusion
 
 
+def at(threshold, values):
+    """The value of a threshold, of values of all THRESHOLDS."""
+    return values[round(100 * threshold)]
+
+
 def summarise(counts):
     """A curve at the fixed and at its best threshold, mIoU in percent."""
     miou = [100 * scores(c)["miou"] for c in curve(counts)]
     best = int(np.argmax(miou))
-    return {"fixed": miou[FIXED], "best": miou[best], "best_threshold": best / 100}
+    return {"fixed": at(FIXED_THRESHOLD, miou), "best": miou[best], "best_threshold": best / 100}
 
 
 def rank_correlation(table, measures, threshold):
@@ -121,34 +127,59 @@ def rank_correlation(table, measures, threshold):
 
 
 # -------------------------------------------------------------------------------------------------
-# Counting over a split
+# Counting over a split; of several processes each takes its share of the images
 # -------------------------------------------------------------------------------------------------
 def target_of(dataset, name, size, other):
     """An image's ground truth (H, W) as a tensor; other: the file whose (H, W) it must equal."""
     mask = dataset.mask(name)
     if mask.shape != tuple(size):
-        raise ValueError(f"{dataset.mask_path(name)}: the ground truth is {mask.shape[0]} x "
-                         f"{mask.shape[1]} pixels, {other} {size[0]} x {size[1]} (a photograph "
-                         "turned upright by its EXIF orientation needs its mask upright too)")
+        raise data.UserError(f"{dataset.mask_path(name)}: the ground truth is {mask.shape[0]} x "
+                             f"{mask.shape[1]} pixels, {other} {size[0]} x {size[1]} (a "
+                             "photograph turned upright by its EXIF orientation needs its mask "
+                             "upright too)")
     return torch.from_numpy(mask)
 
 
 def need_classes(counts, dataset):
     """An error where no pixel of the ground truth has a class; counts (M,) of pixels."""
     if not counts[1:].any():
-        raise ValueError(f"the ground truth of these {len(dataset.ids)} images has no pixel of "
-                         f"any class: {data.IGNORE} means ignored, write class k as k, not as "
-                         f"{data.IGNORE}")
+        raise data.UserError(f"the ground truth of these {len(dataset.ids)} images has no pixel "
+                             f"of any class: {data.IGNORE} means ignored, write class k as k, not "
+                             f"as {data.IGNORE}")
+
+
+def contradiction(dataset, name, target):
+    """How an image's mask contradicts its image labels, in words; None if it does not."""
+    try:
+        labels = {data.mask_value(index) for index in dataset.labels(name)}
+    except data.UserError:  # a split to predict need not have any
+        return None
+    count = torch.bincount(target.flatten(), minlength=data.IGNORE + 1)
+    shown = set(count[:data.IGNORE].nonzero()[:, 0].tolist()) - {0}
+    if shown - labels or not (shown or count[data.IGNORE]):
+        return f"the mask of {name} shows {sorted(shown)}, its labels are {sorted(labels)}"
+    return None
+
+
+def report(contradictions, dataset, device):
+    """Say so where more than a tenth of the images contradict their labels."""
+    found = [text for text in contradictions if text]
+    count = data.sum_over_all(torch.tensor(len(found), device=device)).item()
+    if count > len(dataset.ids) / 10:
+        print(f"look: in {count} of {len(dataset.ids)} images masks and image labels do not agree"
+              f"{', first: ' + found[0] if found else ''}")
 
 
 def evaluate_masks(dataset, folder, pseudo=False, device="cpu"):
     """Confusion (M, M) of a folder's PNGs, and unlabelled pixels by class (M,)."""
     C = len(dataset.classes)
     confusion, unlabelled = torch.zeros(C + 1, C + 1).long(), torch.zeros(C + 1).long()
+    contradictions = []
     for name in data.share(dataset.ids):
         path = folder / f"{name}.png"
         mask = torch.from_numpy(data.read_mask(path, C))
         target = target_of(dataset, name, mask.shape, path)
+        contradictions.append(contradiction(dataset, name, target))
         if pseudo:
             undecided = (mask == data.IGNORE) & (target != data.IGNORE)
             unlabelled += torch.bincount(target[undecided].long(), minlength=C + 1)
@@ -157,24 +188,28 @@ def evaluate_masks(dataset, folder, pseudo=False, device="cpu"):
         try:
             confusion += confusion_matrix(mask, target, C + 1)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    confusion, unlabelled = (data.sum_over_all(c.to(device)).cpu() for c in (confusion, unlabelled))
+            raise data.UserError(f"{path}: {error}") from error
+    report(contradictions, dataset, device)
+    confusion = data.sum_over_all(confusion.to(device)).cpu()
+    unlabelled = data.sum_over_all(unlabelled.to(device)).cpu()
     need_classes(confusion.sum(1) + unlabelled, dataset)
     if not confusion.any():
-        raise ValueError(f"the masks in {folder} decide on no pixel: there is nothing to score")
+        raise data.UserError(f"the masks in {folder} decide on no pixel: there is nothing to score")
     return confusion, unlabelled
 
 
 def evaluate_cams(dataset, folder, device="cpu"):
     """threshold_counts summed over the CAM files of a folder."""
     M = len(dataset.classes) + 1
-    counts = torch.zeros(M, M, len(THRESHOLDS) + 1).long()
+    counts, contradictions = torch.zeros(M, M, len(THRESHOLDS) + 1).long(), []
     for name in data.share(dataset.ids):
         path = folder / f"{name}.npz"
         class_ids, cam, size = data.read_cam(path)
         target = target_of(dataset, name, size, path)
+        contradictions.append(contradiction(dataset, name, target))
         cam = data.bilinear(cam[None], size)[0]
         counts += threshold_counts(cam, data.mask_value(class_ids), target, M)
+    report(contradictions, dataset, device)
     counts = data.sum_over_all(counts.to(device)).cpu()
     need_classes(counts.sum((1, 2)), dataset)
     return counts
@@ -191,26 +226,27 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     every = (*shallow, *deep)
-    variants = {"patch map alone": None, "unrefined": (), "all layers": every,
+    variants = {"patch map alone": "patch map", "unrefined": "unrefined", "all layers": every,
                 "shallow layers": tuple(shallow), "deep layers": tuple(deep),
                 "all, weighted": "entropy", **{f"layer {l}": (l,) for l in every}}
     M, begin, share = len(dataset.classes) + 1, time.time(), data.share(range(len(dataset.ids)))
     counts = torch.zeros(len(variants), M, M, len(THRESHOLDS) + 1).long().to(device)
     measured = torch.zeros(len(dataset.ids), len(MEASURES), len(every), device=device)
+    contradictions = []
     for done, number in enumerate(share, 1):
         name = dataset.ids[number]
         pixels, class_ids = TF.pil_to_tensor(dataset.image(name)), dataset.labels(name)
-        target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name)).to(device)
-        labels = dataset.label_vector(name)[None].to(device)
-        shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
+        target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name))
+        contradictions.append(contradiction(dataset, name, target))
+        target, labels = target.to(device), dataset.label_vector(name)[None].to(device)
+        limited = refine.limit_size(model, pixels, args.max_side).to(device)
 
         def observe(output, size):
             padded = pad_target(target, output.cam.shape[-2:], size, model.patch)
             measured[number] = measure_layers(output, labels, padded, args.rows)
 
-        cams = refine.seed_cams(model, shrunk, class_ids, variants, observe=observe,
-                                **refine.cam_settings(args))
-
+        cams = refine.seed_cams(model, limited, class_ids, variants, refine.refinement(args),
+                                observe)
         values = data.mask_value(torch.tensor(class_ids))
         for own, cam in zip(counts, cams.values()):  # in the order of variants
             cam = data.bilinear(cam[None], target.shape)[0]
@@ -218,6 +254,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         if done % 20 == 0:
             data.progress(f"{done}/{len(share)}  {done / (time.time() - begin):.1f} images/s")
     data.progress("")
+    report(contradictions, dataset, device)
     counts, measured = data.sum_over_all(counts).cpu(), data.sum_over_all(measured).cpu()
     need_classes(counts[0].sum((1, 2)), dataset)
     measures = dict(zip(MEASURES, measured.nanmean(0).tolist()))
@@ -257,7 +294,120 @@ def measure_layers(output, labels, target, rows):
 
 
 # -------------------------------------------------------------------------------------------------
-# Pictures
+# One function for each --what that scores: dataset, args, device -> its record
+# -------------------------------------------------------------------------------------------------
+def print_classes(dataset, result):
+    print(f"  {'class':<14} {'IoU':>6} {'prec.':>6} {'recall':>6}")
+    for i, name in enumerate(("background", *dataset.classes)):
+        if not result["iou"][i].isnan():
+            cells = [f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")]
+            print(f"  {name:<14} " + " ".join(cells))
+
+
+def print_layers(table, measures, deep_from):
+    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  "
+          f"{'entropy':>7} {'distance':>8} {'top 5 %':>7}  {'tokens: objects':>15} {'backgr.':>7}  "
+          f"{'w_hat':>5}")
+    for name, row in table.items():
+        best = f"{row['best']:7.1f}  {row['best_threshold']:<10.2f}"
+        line = f"  {name:<16} {row['fixed']:7.1f} {best}"
+        if name.startswith("layer "):
+            l = int(name.removeprefix("layer "))
+            entropy, distance, *shares, w_hat = (measures[key][l] for key in MEASURES)
+            top, objects, background = (f"{100 * share:.1f} %" for share in shares)
+            line += (f"  {entropy:7.2f} {distance:8.3f} {top:>7}  {objects:>15} {background:>7}  "
+                     f"{w_hat:5.2f}")
+        print(line)
+    w_hat = measures["w_hat"]
+    fixed, best = (rank_correlation(table, measures, threshold) for threshold in ("fixed", "best"))
+    print("  * chosen with pixel labels: an upper bound, not a result from image labels")
+    print(f"  mean counterpart weight w_hat: {np.mean(w_hat):.2f} over all layers, "
+          f"{np.mean(w_hat[deep_from:]):.2f} over the deep ones (with uniform weights: 1)")
+    print(f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at "
+          f"{FIXED_THRESHOLD}, {best:+.2f} at the best thresholds")
+
+
+def heading(args, dataset):
+    return (f"{args.what} of {args.out}, {dataset.name} {args.split}, {len(dataset.ids)} images")
+
+
+def need_outputs(args, dataset, folder, suffix):
+    """Files of stage 2 (cam, pseudo) or 3 (pred/<split>): all there, and of the same classes."""
+    if folder.parent == args.out:
+        path, remedy = folder / "args.json", f"make them with refine.py --split {args.split}"
+    else:
+        path = args.out / "seg" / "args.json"
+        remedy = f"make them with train_seg.py --predict-only --predict-split {args.split}"
+    before = data.read_json(path, "delete it") if path.is_file() else {}
+    if "refine.py" in remedy and before:
+        limit = f" --limit {before['limit']}" if before["limit"] else ""
+        remedy += f" --resume; what is there was made with --split {before['split']}{limit}"
+    data.need_files(folder, dataset.ids, suffix, remedy)
+    if classes := before.get("class_names"):
+        data.need_same_classes(classes, path, dataset.classes, dataset.source)
+
+
+def score_cams(dataset, args, device):
+    folder = args.out / "cam"
+    need_outputs(args, dataset, folder, ".npz")
+    counts = evaluate_cams(dataset, folder, device)
+    record = summarise(counts)
+    record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
+    print(f"{heading(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold "
+          f"{FIXED_THRESHOLD}; best {record['best']:.1f} at {record['best_threshold']:.2f}, "
+          "chosen with pixel labels")
+    print_classes(dataset, scores(at(FIXED_THRESHOLD, curve(counts))))
+    return record
+
+
+def score_pseudo_masks(dataset, args, device):
+    folder = args.out / "pseudo"
+    need_outputs(args, dataset, folder, ".png")
+    confusion, unlabelled = evaluate_masks(dataset, folder, True, device)
+    labelled, every = scores(confusion), scores(confusion, unlabelled)
+    undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
+    print(f"{heading(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, "
+          f"{100 * every['miou']:.1f} over all ({100 * undecided:.1f} % undecided)")
+    print_classes(dataset, labelled)
+    return {"labelled": 100 * labelled["miou"], "all": 100 * every["miou"],
+            "undecided": 100 * undecided}
+
+
+def score_predictions(dataset, args, device):
+    folder = args.out / "pred" / args.split
+    need_outputs(args, dataset, folder, ".png")
+    confusion, _ = evaluate_masks(dataset, folder, device=device)
+    result = scores(confusion)
+    print(f"{heading(args, dataset)}: mIoU {100 * result['miou']:.1f}")
+    print_classes(dataset, result)
+    return {"miou": 100 * result["miou"]}
+
+
+def score_layers(dataset, args, device):
+    model, config = refine.load_classifier(args.out / "cls" / "last.pt", dataset, device)
+    deep_from = args.deep_from or config["deep_from"]
+    if deep_from >= len(model.blocks):
+        raise data.UserError(f"--deep-from {deep_from}: the classifier has {len(model.blocks)} "
+                             "layers")
+    table, measures = evaluate_layers(dataset, model, deep_from, args, device)
+    print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
+    print_layers(table, measures, deep_from)
+
+    record = {**refine.refinement(args)._asdict(), "table": table, "measures": measures}
+    records = {"/".join(args.out.resolve().parts[-2:]): record}
+    if args.before:
+        path = args.before / "layers.json"
+        before = data.read_json(path, "make it with --what layers, without --before")
+        if len(before["measures"]["entropy"]) != len(model.blocks):
+            raise data.UserError(f"{path} is of a model with another number of layers")
+        records = {"/".join(args.before.resolve().parts[-2:]): before, **records}
+    if not data.rank():
+        draw_layers(args.out / "layers.png", model, dataset, records, args, device)
+    return record
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures, and the file for VOC's server
 # -------------------------------------------------------------------------------------------------
 def heat(photo, cam):
     """(H, W, 3) uint8 photo, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue to red."""
@@ -268,7 +418,7 @@ def heat(photo, cam):
 
 def paint(mask):
     """(H, W) mask -> (H, W, 3) uint8 in the VOC colours."""
-    return data.voc_colours()[np.asarray(mask)]
+    return data.VOC_COLOURS[np.asarray(mask)]
 
 
 def fit(picture, side):
@@ -291,23 +441,21 @@ def contact_sheet(path, titles, rows, cell=150):
     for (caption, row), height in zip(rows.items(), heights):
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * cell + (cell - picture.width) // 2, top))
-        draw.text((4, top + height - 15), caption, fill="grey")
+        draw.text((4, top + height - 15), data.drawable(caption, ""), fill="grey")
         top += height
     data.write_picture(path, sheet)
 
 
 def draw_pipeline(path, dataset, names, args, device):
-    """A row an image: photo, CAM, refined CAM, pseudo-mask, prediction, ground truth.
-
-    The pseudo-mask is that of <out>/pseudo, or where there is none what refine.py's defaults make.
-    """
+    """A row an image: photo, CAM, refined CAM, and what is there of later stages; ground truth."""
     runs = {"": args.out} if args.before is None else {"plain": args.before, "AReAM": args.out}
-    models = {}
-    for run, out in runs.items():
-        classifier = out / "cls" / "last.pt"
-        models[run], _ = refine.load_classifier(classifier, dataset, device, data.data_flags(args))
-    predicted = args.out / "pred" / args.split
-    has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
+    models = {run: refine.load_classifier(out / "cls" / "last.pt", dataset, device)[0]
+              for run, out in runs.items()}
+    masks = {}
+    for title, folder in (("pseudo-mask", args.out / "pseudo"),
+                          ("DeepLab", args.out / "pred" / args.split)):
+        if all((folder / f"{name}.png").is_file() for name in names):
+            masks[title] = folder
 
     rows = {}
     for name in names:
@@ -315,21 +463,14 @@ def draw_pipeline(path, dataset, names, args, device):
         photo = pixels.permute(1, 2, 0).numpy()
         row = {"photo": photo}
         for run, model in models.items():
-            shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
-            variants = {"unrefined": (), "refined": tuple(range(len(model.blocks)))}
-            cams = refine.seed_cams(model, shrunk, class_ids, variants,
-                                    **refine.cam_settings(args))
+            limited = refine.limit_size(model, pixels, args.max_side).to(device)
+            variants = {"unrefined": "unrefined", "refined": tuple(range(len(model.blocks)))}
+            cams = refine.seed_cams(model, limited, class_ids, variants, refine.refinement(args))
             if "unrefined CAM" not in row:  # that of the first run
                 row["unrefined CAM"] = heat(photo, cams["unrefined"].amax(0))
             row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
-        pseudo = args.out / "pseudo" / f"{name}.png"
-        if pseudo.is_file():
-            row["pseudo-mask"] = paint(data.read_mask(pseudo))
-        else:  # from the CAM of the last run
-            mask = refine.pseudo_mask(shrunk, class_ids, cams["refined"])
-            row["pseudo-mask"] = paint(mask.cpu())
-        if has_prediction:
-            row["DeepLab"] = paint(data.read_mask(predicted / f"{name}.png"))
+        for title, folder in masks.items():
+            row[title] = paint(data.read_mask(folder / f"{name}.png"))
         row["ground truth"] = paint(dataset.mask(name))
         rows[name] = row
     titles = list(row)
@@ -388,11 +529,10 @@ def draw_layers(path, model, dataset, records, args, device):
     name, seen = dataset.ids[0], []
     pixels = TF.pil_to_tensor(dataset.image(name))
     photo = pixels.permute(1, 2, 0).numpy()
-    variants = {"unrefined": (), **{f"layer {l}": (l,) for l in chosen}}
-    shrunk = refine.shrink_for(model, pixels, args.max_side).to(device)
-    cams = refine.seed_cams(model, shrunk, dataset.labels(name), variants,
-                            observe=lambda output, _: seen.append(output),
-                            **refine.cam_settings(args))
+    variants = {"unrefined": "unrefined", **{f"layer {l}": (l,) for l in chosen}}
+    limited = refine.limit_size(model, pixels, args.max_side).to(device)
+    cams = refine.seed_cams(model, limited, dataset.labels(name), variants,
+                            refine.refinement(args), lambda output, _: seen.append(output))
     P = seen[0].cam[0, 0].numel()
     rows = [[("photo", photo)], [("ground truth", paint(dataset.mask(name)))]]
     for l in chosen:
@@ -409,262 +549,6 @@ def draw_layers(path, model, dataset, records, args, device):
     data.write_picture(path, image)
 
 
-# -------------------------------------------------------------------------------------------------
-# Tables
-# -------------------------------------------------------------------------------------------------
-def print_table(header, rows):
-    """Rows of cells in Markdown."""
-    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-
-
-def print_classes(dataset, result):
-    print(f"  {'class':<14} {'IoU':>6} {'prec.':>6} {'recall':>6}")
-    for i, name in enumerate(("background", *dataset.classes)):
-        if not result["iou"][i].isnan():
-            cells = [f"{100 * result[k][i]:6.1f}" for k in ("iou", "precision", "recall")]
-            print(f"  {name:<14} " + " ".join(cells))
-
-
-def print_layers(table, measures, deep_from):
-    print(f"  {'refined by':<16} {'at ' + str(FIXED_THRESHOLD):>7} {'best*':>7}  threshold*  "
-          f"{'entropy':>7} {'distance':>8} {'top 5 %':>7}  {'tokens: objects':>15} {'backgr.':>7}  "
-          f"{'w_hat':>5}")
-    for name, row in table.items():
-        best = f"{row['best']:7.1f}  {row['best_threshold']:<10.2f}"
-        line = f"  {name:<16} {row['fixed']:7.1f} {best}"
-        if name.startswith("layer "):
-            l = int(name.removeprefix("layer "))
-            entropy, distance, *shares, w_hat = (measures[key][l] for key in MEASURES)
-            top, objects, background = (f"{100 * share:.1f} %" for share in shares)
-            line += (f"  {entropy:7.2f} {distance:8.3f} {top:>7}  {objects:>15} {background:>7}  "
-                     f"{w_hat:5.2f}")
-        print(line)
-    w_hat = measures["w_hat"]
-    fixed, best = (rank_correlation(table, measures, threshold) for threshold in ("fixed", "best"))
-    print("  * chosen with pixel labels: an upper bound, not a result from image labels")
-    print(f"  mean counterpart weight w_hat: {np.mean(w_hat):.2f} over all layers, "
-          f"{np.mean(w_hat[deep_from:]):.2f} over the deep ones (with uniform weights: 1)")
-    print(f"  rank correlation over layers of entropy and seed mIoU: {fixed:+.2f} at "
-          f"{FIXED_THRESHOLD}, {best:+.2f} at the best thresholds")
-
-
-def spread(values, form=".1f"):
-    """Mean and, of several values, standard deviation."""
-    several = f" ± {np.std(values, ddof=1):{form.strip('+')}}" if len(values) > 1 else ""
-    return f"{np.mean(values):{form}}{several}"
-
-
-def cam_cell(runs, column):
-    """Seed mIoU of runs at the fixed threshold, and in brackets the mean of the best ones."""
-    rows = [run["table"][column] for run in runs]
-    best = np.mean([row["best"] for row in rows])
-    return f"{spread([row['fixed'] for row in rows])} ({best:.1f})"
-
-
-CAM_COLUMNS = ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers")
-
-
-def numbers(run):
-    """column -> percent, of one run's record; seeds at the fixed threshold."""
-    found = {}
-    if "map" in run:
-        found["class mAP"] = run["map"]
-    if "table" in run:
-        found.update({column: run["table"][column]["fixed"] for column in CAM_COLUMNS})
-    if "pseudo" in run:
-        found.update({"labelled pixels": run["pseudo"]["labelled"],
-                      "all pixels": run["pseudo"]["all"], "undecided": run["pseudo"]["undecided"]})
-    if "pred" in run:
-        found["DeepLab, val"] = run["pred"]["miou"]
-    return found
-
-
-def study_cells(runs):
-    """column -> cell of one row: mean and spread over its runs."""
-    cells, each = {"seeds": str(len(runs))}, [numbers(run) for run in runs]
-    for column in each[0]:
-        if all(column in found for found in each):
-            cells[column] = (cam_cell(runs, column) if column in CAM_COLUMNS
-                             else spread([found[column] for found in each]))
-    if all("table" in run for run in runs):
-        correlations = [rank_correlation(run["table"], run["measures"], "fixed") for run in runs]
-        cells["entropy ~ mIoU"] = spread(correlations, "+.2f")
-    return cells
-
-
-def layer_cells(runs):
-    """layer -> cell of one row: mean mIoU of the seed refined by that layer alone, its entropy."""
-    cells = {}
-    for l in range(len(runs[0]["measures"]["entropy"])):
-        miou = np.mean([run["table"][f"layer {l}"]["fixed"] for run in runs])
-        entropy = np.mean([run["measures"]["entropy"][l] for run in runs])
-        cells[f"layer {l}"] = f"{miou:.1f} ({entropy:.2f})"
-    return cells
-
-
-def paired_cells(runs, reference):
-    """column -> mean difference, run by run, from the reference of the same seed ± its error."""
-    before = {run["seed"]: numbers(run) for run in reference}
-    pairs = [(numbers(run), before[run["seed"]]) for run in runs if run["seed"] in before]
-    if not pairs:
-        return {}
-    cells = {}
-    for column in pairs[0][0]:
-        gains = [after[column] - base[column] for after, base in pairs if column in base]
-        if gains:
-            cells[column] = f"{np.mean(gains):+.1f}"
-        if len(gains) > 1:
-            cells[column] += f" ± {np.std(gains, ddof=1) / math.sqrt(len(gains)):.1f}"
-    return cells
-
-
-SETTINGS = ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augment", "precision",
-            "reactivation", "entropy", "coupling", "deep_from", "affinity_weight", "labels",
-            "par_dilations")
-
-
-def gather(folder, path):
-    """Collect the scores of the runs <folder>/<question>/<row>/<seed> in the file path."""
-    records = []
-    for run in sorted({file.parent for file in folder.glob("*/*/*/results.json")}):
-        settings = data.read_json(run / "cls" / "args.json", "repeat the study")
-        record = {"row": "/".join(run.parts[-3:-1]), "seed": run.name,
-                  "settings": {key: settings.get(key) for key in SETTINGS}}
-        for line in data.read_log(run / "cls"):
-            if "val_class_mAP" in line:
-                record["map"] = line["val_class_mAP"]
-                record["device"] = line.get("device")
-        if (run / "layers.json").is_file():
-            record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
-        for result in data.read_json(run / "results.json", "repeat the study"):
-            if result["what"] in ("pseudo", "pred"):
-                record[result["what"]] = result
-        records.append(record)
-    if not records:
-        raise FileNotFoundError(f"no scored <question>/<row>/<seed> under {folder}: "
-                                f"results/toy.sh and results/voc.sh make them")
-    data.write_json(path, records)
-
-
-def print_study(path):
-    """Tables of each question, a line a row: mean ± standard deviation over seeds, in percent.
-
-    Seeds at the fixed threshold (in brackets the mean of the best ones, chosen with pixel labels);
-    "entropy ~ mIoU": rank_correlation. Then each layer's part, and the rows' differences from the
-    row "none", seed by seed, ± standard error.
-    """
-    records = data.read_json(path, "make it with  results/toy.sh  or  results/voc.sh")
-    questions = {}
-    for record in records:
-        question, _, row = record["row"].partition("/")
-        questions.setdefault(question, {}).setdefault(row, []).append(record)
-    for question, rows in questions.items():
-        ordered = sorted(rows, key=lambda row: (row != "none", row))
-        print(f"\n**{question}**\n")
-        print_cells(question, {row: study_cells(rows[row]) for row in ordered})
-        if all("table" in run for runs in rows.values() for run in runs):
-            print(f"\n{question}: refined by one layer alone (entropy in bits)\n")
-            print_cells(question, {row: layer_cells(rows[row]) for row in ordered})
-        if "none" in rows and len(rows) > 1:
-            print(f"\n{question}: difference from `none`, paired by seed\n")
-            others = ordered[1:]
-            print_cells(question, {row: paired_cells(rows[row], rows["none"]) for row in others})
-
-
-def print_cells(question, cells):
-    """cells: row -> column -> cell, as a table."""
-    header = list(dict.fromkeys(column for row in cells.values() for column in row))
-    table = [[row, *(own.get(column, "") for column in header)] for row, own in cells.items()]
-    print_table([question, *header], table)
-
-
-# -------------------------------------------------------------------------------------------------
-# One function for each --what: dataset, args, device -> its record
-# -------------------------------------------------------------------------------------------------
-def heading(args, dataset):
-    return f"{args.what} of {args.out}, {args.data} {args.split}, {len(dataset.ids)} images"
-
-
-def need_outputs(args, dataset, folder, suffix):
-    """Files of stage 2 (cam, pseudo) or 3 (pred/<split>): all there, and of the same classes."""
-    refined = folder.parent == args.out
-    settings = (folder if refined else args.out / "seg") / "args.json"
-    command = "refine.py --split" if refined else "train_seg.py --predict-only --predict-split"
-    made = f"python {command} {args.split} {data.data_flags(args)} --out {data.quoted(args.out)}"
-    before = data.read_json(settings, made) if settings.is_file() else {}
-    remedy = f"make them with  {made}"
-    if before and refined:
-        remedy += " --resume"
-        if (before["split"], before["limit"]) != (args.split, args.limit):
-            limit = f" --limit {before['limit']}" if before["limit"] else ""
-            remedy = (f"what is there was made with --split {before['split']}{limit}; make others "
-                      f"in another --out, with a copy of {args.out / 'cls'}")
-    data.need_files(folder, dataset.ids, suffix, remedy)
-    if classes := before.get("class_names"):
-        data.need_same_classes(classes, settings, dataset.classes, dataset.source)
-
-
-def score_cams(dataset, args, device):
-    folder = args.out / "cam"
-    need_outputs(args, dataset, folder, ".npz")
-    counts = evaluate_cams(dataset, folder, device)
-    record = summarise(counts)
-    record["curve"] = [round(100 * scores(c)["miou"], 2) for c in curve(counts)]
-    print(f"{heading(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold "
-          f"{FIXED_THRESHOLD}; best {record['best']:.1f} at {record['best_threshold']:.2f}, "
-          "chosen with pixel labels")
-    print_classes(dataset, scores(curve(counts)[FIXED]))
-    return record
-
-
-def score_pseudo_masks(dataset, args, device):
-    folder = args.out / "pseudo"
-    need_outputs(args, dataset, folder, ".png")
-    confusion, unlabelled = evaluate_masks(dataset, folder, True, device)
-    labelled, every = scores(confusion), scores(confusion, unlabelled)
-    undecided = (unlabelled.sum() / (unlabelled.sum() + confusion.sum())).item()
-    print(f"{heading(args, dataset)}: mIoU {100 * labelled['miou']:.1f} over labelled pixels, "
-          f"{100 * every['miou']:.1f} over all ({100 * undecided:.1f} % undecided)")
-    print_classes(dataset, labelled)
-    return {"labelled": 100 * labelled["miou"], "all": 100 * every["miou"],
-            "undecided": 100 * undecided}
-
-
-def score_predictions(dataset, args, device):
-    folder = args.out / "pred" / args.split
-    need_outputs(args, dataset, folder, ".png")
-    confusion, _ = evaluate_masks(dataset, folder, device=device)
-    result = scores(confusion)
-    print(f"{heading(args, dataset)}: mIoU {100 * result['miou']:.1f}")
-    print_classes(dataset, result)
-    return {"miou": 100 * result["miou"]}
-
-
-def score_layers(dataset, args, device):
-    classifier = args.out / "cls" / "last.pt"
-    model, config = refine.load_classifier(classifier, dataset, device, data.data_flags(args))
-    deep_from = config["deep_from"] if args.deep_from is None else args.deep_from
-    table, measures = evaluate_layers(dataset, model, deep_from, args, device)
-    print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
-    print_layers(table, measures, deep_from)
-
-    record = {**refine.cam_settings(args), "table": table, "measures": measures}
-    records = {"/".join(args.out.resolve().parts[-2:]): record}
-    if args.before:
-        path = args.before / "layers.json"
-        remedy = (f"python evaluate.py {data.data_flags(args)} --what layers --out "
-                  f"{data.quoted(args.before)}")
-        before = data.read_json(path, remedy)
-        if len(before["measures"]["entropy"]) != len(model.blocks):
-            raise ValueError(f"{path} is of a model with another number of layers")
-        records = {"/".join(args.before.resolve().parts[-2:]): before, **records}
-    if not data.rank():
-        draw_layers(args.out / "layers.png", model, dataset, records, args, device)
-    return record
-
-
 def draw_pictures(dataset, args, device):
     draw_pipeline(args.out / "pictures.png", dataset, dataset.ids[:args.images], args, device)
 
@@ -674,13 +558,13 @@ def pack_submission(dataset, args, device):
     folder, C = args.out / "pred" / args.split, len(dataset.classes)
     need_outputs(args, dataset, folder, ".png")
     if args.data != "VOC2012" or args.limit:
-        raise ValueError("--what submission packs a whole split of VOC2012: no other data, no "
-                         "--limit")
+        raise data.UserError("--what submission packs a whole split of VOC2012: no other data, no "
+                             "--limit")
     for name in dataset.ids:
         mask = data.read_mask(folder / f"{name}.png", C, dataset.image(name).size[::-1])
         if (mask == data.IGNORE).any():
-            raise ValueError(f"{folder / name}.png holds {data.IGNORE}: the server takes 0..{C} "
-                             f"alone")
+            raise data.UserError(f"{folder / name}.png holds {data.IGNORE}: the server takes "
+                                 f"0..{C} alone")
     challenge = f"comp6_{args.split}_cls"
     archive = args.out / f"{challenge}.tgz"
     with data.replacing(archive) as temporary, tarfile.open(temporary, "w:gz") as tar:
@@ -689,74 +573,46 @@ def pack_submission(dataset, args, device):
     print(f"{archive}: {len(dataset.ids)} masks of {args.split}, checked")
 
 
-def show_demo(dataset, args, device):
-    """The demo's table and picture, from two runs: --before (plain) and --out (AReAM)."""
-    def last(out, what):
-        remedy = (f"python evaluate.py {data.data_flags(args)} --what {what} --out "
-                  f"{data.quoted(out)}")
-        found = [r for r in data.read_json(out / "results.json", remedy) if r["what"] == what]
-        if not found:
-            raise ValueError(f"{out / 'results.json'} has no record of {what}: make it with  "
-                             f"{remedy}")
-        return found[-1]
-
-    runs = [[last(out, "layers")] for out in (args.before, args.out)]
-    rows = [[f"CAM, {name}", *(cam_cell(run, name) for run in runs)]
-            for name in ("unrefined", "shallow layers", "deep layers", "all layers")]
-    pseudo, pred = last(args.out, "pseudo"), last(args.out, "pred")
-    rows.append(["pseudo-masks, labelled pixels", "", f"{pseudo['labelled']:.1f}"])
-    rows.append(["DeepLab, val", "", f"{pred['miou']:.1f}"])
-    print_table([f"mIoU (%) on {args.data}, at {FIXED_THRESHOLD} (best*)", "plain classifier",
-                 "after AReAM"], rows)
-    print("* threshold chosen with pixel labels: an upper bound, not a result from image labels")
-    draw_pipeline(args.out / "demo.png", dataset, dataset.ids[:args.images], args, device)
-
-
-WHAT = {"cam": score_cams, "pseudo": score_pseudo_masks, "pred": score_predictions,
-        "layers": score_layers, "pictures": draw_pictures, "demo": show_demo,
-        "submission": pack_submission, "study": None}
-OTHER_SPLITS = {"pred": "val", "pictures": "val", "demo": "val", "submission": "test"}
+# -------------------------------------------------------------------------------------------------
+# The stage
+# -------------------------------------------------------------------------------------------------
+SCORES = {"cam": score_cams, "pseudo": score_pseudo_masks, "pred": score_predictions,
+          "layers": score_layers}
+OTHERS = {"pictures": draw_pictures, "submission": pack_submission}
+SPLITS = {"pred": "val", "pictures": "val", "submission": "test"}  # else train
 
 
 def parse_args(argv=None):
     parser = data.argument_parser(__doc__)
     add = parser.add_argument
-    add("--what", required=True, choices=WHAT)
-    add("--split", help="default val for pred, pictures and demo, test for submission, else train")
+    add("--what", required=True, choices=(*SCORES, *OTHERS))
+    add("--split", help="default val for pred and pictures, test for submission, else train")
     add("--before", type=Path, metavar="OUT",
-        help="the --out of the plain classifier, for layers, pictures and demo")
-    add("--records", type=Path, metavar="JSON",
-        help="for study: gather the runs under --out in this file, and print it")
+        help="the --out of the plain classifier, for layers and pictures")
     add("--images", type=data.number(int, 1), default=8, metavar="N",
-        help="how many images pictures and demo show (default 8)")
+        help="how many images pictures shows (default %(default)s)")
     add("--deep-from", type=data.number(int, 1), metavar="L",
         help="for layers: first deep layer, 0-based (default: the checkpoint's)")
     refine.refining_arguments(parser)
     args = parser.parse_args(argv)
-    args.split = args.split or OTHER_SPLITS.get(args.what, "train")
-    if args.what == "study" and args.records is None:
-        parser.error("--what study needs --records, a file such as results/toy.json")
-    if args.what == "demo" and args.before is None:
-        parser.error("--what demo compares two runs: name the plain one with --before OUT")
+    args.split = args.split or SPLITS.get(args.what, "train")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.what == "study":
-        if args.out:
-            gather(Path(args.out), args.records)
-        return print_study(args.records)
-    device = data.start(args)
-
+    device = data.setup(args)
     dataset = data.open_split(args, args.split)
-    if args.what in OTHER_SPLITS and args.what != "pred" and data.rank():
-        return  # what draws or packs is work for one process
-    begin = time.time()
-    scored = WHAT[args.what](dataset, args, device)
-    if scored is None or data.rank():
+    if args.what in OTHERS:
+        if not data.rank():  # work for one process
+            OTHERS[args.what](dataset, args, device)
         return
-    record = {"what": args.what, "data": args.data, "split": args.split,
+
+    begin = time.time()
+    scored = SCORES[args.what](dataset, args, device)
+    if data.rank():
+        return
+    record = {"what": args.what, "data": dataset.name, "split": args.split,
               "images": len(dataset.ids), "precision": args.precision, **scored,
               "seconds": round(time.time() - begin, 1)}
     data.append_result(args.out, record)

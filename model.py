@@ -2,7 +2,7 @@
 
     vit = build("deit_small", num_classes=20)
     load_pretrained(vit, "auto")
-    vit(images, capture=True)
+    vit(images, affinity=True, logits=True)
 
 Letters: B batch, L layers, A heads, C foreground classes (= class tokens), P = gh * gw patches,
 N = C + P tokens.
@@ -52,32 +52,34 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, capture=False):
-        """(B, N, D) -> the same, affinity and affinity_logits, each (B, N, N) or None."""
+    def forward(self, x, affinity=False, logits=False):
+        """(B, N, D) -> the same, and the two maps that are asked for, each (B, N, N) or None."""
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, A, N, d)
         scale = (D // self.heads) ** -0.5
-        prob = affinity = logits = None
+        prob = mean_prob = mean_logits = None
         on_cpu = x.device.type == "cpu"
-        if capture in (True, "affinity"):
+
+        if affinity:
             # Only the mean over heads leaves: memory grows with L N^2, not with L A N^2.
             prob = ((q * scale) @ k.transpose(-2, -1)).softmax(-1, torch.float32)  # (B, A, N, N)
-            affinity = prob.detach().mean(1)  # (B, N, N)
+            mean_prob = prob.detach().mean(1)  # (B, N, N)
         elif on_cpu and q.dtype == torch.bfloat16:  # of which the fused kernel is slow there
             prob = ((q * scale) @ k.transpose(-2, -1)).softmax(-1)
+        if logits:
+            # The mean over heads of q_h k_h^T is one product over all channels.
+            q_all, k_all = qkv[:, :, 0].flatten(2), qkv[:, :, 1].flatten(2)  # (B, N, D)
+            mean_logits = (q_all @ k_all.transpose(-2, -1)).float() * (scale / self.heads)
 
-        # softmax(q k^T / sqrt(d)) v: on a CPU from prob, if it is there; a GPU's fused kernel is
-        # faster even then
+        # softmax(q k^T / sqrt(d)) v: on a CPU from prob, where that is there; a GPU's fused kernel
+        # is faster even then
         if on_cpu and prob is not None:
             attended = prob.to(v.dtype) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
-        if capture in (True, "logits"):
-            # The mean over heads of q_h k_h^T is one product over all channels.
-            q_all, k_all = qkv[:, :, 0].flatten(2), qkv[:, :, 1].flatten(2)  # (B, N, D)
-            logits = (q_all @ k_all.transpose(-2, -1)).float() * (scale / self.heads)
-        return self.proj(attended.transpose(1, 2).reshape(B, N, D)), affinity, logits
+        attended = attended.transpose(1, 2).reshape(B, N, D)
+        return self.proj(attended), mean_prob, mean_logits
 
 
 class Block(nn.Module):
@@ -92,11 +94,11 @@ class Block(nn.Module):
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = StochasticDepth(drop_path, "row")
 
-    def forward(self, x, capture=False):
-        attended, affinity, logits = self.attn(self.norm1(x), capture)
+    def forward(self, x, affinity=False, logits=False):
+        attended, mean_prob, mean_logits = self.attn(self.norm1(x), affinity, logits)
         x = x + self.drop_path(attended)
         x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x, affinity, logits
+        return x, mean_prob, mean_logits
 
 
 class ViT(nn.Module):
@@ -141,44 +143,35 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             block.drop_path.p = rate * i / max(1, len(self.blocks) - 1)
 
-    def flops(self, grid):
-        """Floating-point operations of an image's matrix products; grid: (gh, gw) patches."""
-        P, D, C = grid[0] * grid[1], self.dim, self.num_classes
-        block = 24 * (C + P) * D**2 + 4 * (C + P)**2 * D  # qkv, projection, MLP; attention
-        return len(self.blocks) * block + 2 * P * D * (3 * self.patch**2 + 9 * C)
-
-    def tokens(self, images, capture=False):
+    def tokens(self, images, affinity=False, logits=False):
         """The blocks: (B, 3, H, W) -> tokens (B, N, D), (gh, gw), and both tuples of maps."""
         B, _, H, W = images.shape
         if H % self.patch or W % self.patch or not (H and W):
             raise ValueError(f"image size {H} x {W} is not a multiple of the patch size "
                              f"{self.patch}; pad it first")
-        if capture not in (False, True, "affinity", "logits"):
-            raise ValueError(f"capture={capture!r}: use False, True, 'affinity' or 'logits'")
         grid = (H // self.patch, W // self.patch)
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, P, D)
         patches = patches + resize_position_embedding(self.patch_pos_embed, self.pos_grid, grid)
         class_tokens = (self.class_tokens + self.class_pos_embed).expand(B, -1, -1)
         x = torch.cat([class_tokens, patches], dim=1)  # (B, N, D)
 
-        affinities, logits = [], []
+        probs, products = [], []
         for block in self.blocks:
-            x, affinity, affinity_logits = block(x, capture)
-            if affinity is not None:
-                affinities.append(affinity)
-            if affinity_logits is not None:
-                logits.append(affinity_logits)
-        return x, grid, tuple(affinities), tuple(logits)
+            x, mean_prob, mean_logits = block(x, affinity, logits)
+            if affinity:
+                probs.append(mean_prob)
+            if logits:
+                products.append(mean_logits)
+        return x, grid, tuple(probs), tuple(products)
 
-    def forward(self, images, capture=False):
+    def forward(self, images, affinity=False, logits=False):
         """Classify, and localise.
 
-        images: (B, 3, H, W), ImageNet-normalised, H and W multiples of the patch size. capture:
-        True keeps both maps of every layer, "affinity" or "logits" only that one, False none (and
-        then the fused attention of torch is used throughout). Returns ViTOutput. Raises ValueError
+        images: (B, 3, H, W), ImageNet-normalised, H and W multiples of the patch size. affinity,
+        logits: which of the two maps are kept of every layer. Returns ViTOutput. Raises ValueError
         on a size that is not a multiple of the patch.
         """
-        x, grid, affinity, logits = self.tokens(images, capture)
+        x, grid, probs, products = self.tokens(images, affinity, logits)
         class_tokens, patch_tokens = x.split([self.num_classes, grid[0] * grid[1]], dim=1)
         features = patch_tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, gh, gw)
         patch_map = self.head(features).float()  # (B, C, gh, gw)
@@ -186,8 +179,8 @@ class ViT(nn.Module):
             class_logits=class_tokens.mean(-1),
             patch_logits=patch_map.mean((-2, -1)),
             cam=patch_map.detach().relu(),
-            affinity=affinity,
-            affinity_logits=logits,
+            affinity=probs,
+            affinity_logits=products,
         )
 
 
@@ -244,40 +237,48 @@ def load_pretrained(model, source):
     dict; plain or under the key "model" or "state_dict", with or without the prefix "module.",
     float16 or float32. The 1000-class head and the final LayerNorm are dropped, blocks beyond the
     model's depth too, the class token and its position embedding are copied to all C class tokens;
-    every other key must be there with its shape. The patch head keeps its fresh values. Raises
-    FileNotFoundError (no such file, no connection) and ValueError (weights of another
-    architecture).
+    every other key must be there with its shape, and no further ones. The patch head keeps its
+    fresh values. Raises FileNotFoundError (no such file, no connection) and ValueError (weights of
+    another architecture).
     """
-    if isinstance(source, dict):
-        found, name = source, "the given state dict"
-    else:
-        found, name = read_weights(source, model.preset), source
-    found = plain_weights(found)
-    own = model.state_dict()
-    remedy = "give the DeiT file of that size, another --preset, or --pretrained none"
+    name = "the given state dict"
+    if not isinstance(source, dict):
+        source, name = read_weights(source, model.preset), source
+    found, own = plain_weights(source), model.state_dict()
+    wrong = f"{name} does not hold weights for {model.preset}"
+    positions = found["pos_embed"].shape[1] if "pos_embed" in found else 197
     if "dist_token" in found:
-        raise ValueError(f"{name} is a distilled DeiT (it has a dist_token), which has one token "
-                         f"more: give the plain file")
+        raise ValueError(f"{wrong}: it is distilled (it has a dist_token); give the plain file")
+    if round((positions - 1) ** 0.5) ** 2 != positions - 1:
+        raise ValueError(f"{wrong}: its 'pos_embed' has {positions} positions, not one for the "
+                         "class token and a square of patches (DeiT-III has none for the token)")
 
     weights = {"head.weight": own["head.weight"], "head.bias": own["head.bias"]}
     for key in [key for key in own if key not in weights]:
         deit = DEIT_NAMES.get(key, key)
         if deit not in found:
-            raise ValueError(f"{name} does not hold weights for {model.preset}: it has no "
-                             f"{deit!r} (its first keys: {', '.join(list(found)[:3])}); {remedy}")
-        value = found[deit]
+            raise ValueError(f"{wrong}: it has no {deit!r} (its first keys: "
+                             f"{', '.join(list(found)[:3])})")
+        value = found.pop(deit) if deit == key else found[deit]
+        shape = tuple(value.shape)
         if key == "class_pos_embed":
             value = value[:, :1]
         if key == "patch_pos_embed":
-            side = round((value.shape[1] - 1) ** 0.5)
+            side = round((positions - 1) ** 0.5)
             value = resize_position_embedding(value[:, 1:], (side, side), model.pos_grid)
         if key.startswith("class_"):
             value = value.expand(-1, model.num_classes, -1)
         if value.shape != own[key].shape:
-            raise ValueError(f"{name} does not hold weights for {model.preset}: {deit!r} is "
-                             f"{tuple(found[deit].shape)}, which does not make "
-                             f"{tuple(own[key].shape)}; {remedy}")
+            raise ValueError(f"{wrong}: {deit!r} is {shape}, which does not make "
+                             f"{tuple(own[key].shape)}")
         weights[key] = value.to(own[key].dtype)
+
+    for key in found:  # what is left
+        block = re.match(r"blocks\.(\d+)\.", key)
+        beyond = block and int(block[1]) >= len(model.blocks)
+        if not beyond and not key.startswith(("cls_token", "pos_embed", "norm.", "head.")):
+            raise ValueError(f"{wrong}: it has {key!r}, for which plain DeiT has no place (gamma_1 "
+                             "and gamma_2 are LayerScale's)")
     model.load_state_dict(weights)
 
 
@@ -292,19 +293,15 @@ def read_weights(source, preset):
     """The state dict in a file, or the preset's public one ("auto"); no code in it is run."""
     if source == "auto":
         if preset not in DEIT_URLS:
-            raise ValueError(f"there are no public weights for preset {preset!r}: use "
-                             f"--pretrained none or a path")
+            raise ValueError(f"there are no public weights for preset {preset!r}")
         try:
             return torch.hub.load_state_dict_from_url(
                 DEIT_URLS[preset], map_location="cpu", check_hash=True, weights_only=True)
         except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
-            raise FileNotFoundError(
-                f"could not download {DEIT_URLS[preset]} ({error}); fetch it elsewhere and give "
-                "its path with --pretrained PATH, or start from scratch with --pretrained "
-                "none") from error
+            raise FileNotFoundError(f"could not download {DEIT_URLS[preset]} ({error}): fetch it "
+                                    "elsewhere and give its path") from error
     if not Path(source).is_file():
-        raise FileNotFoundError(f"no weights at {source}: give a file of ImageNet weights, auto "
-                                "or none with --pretrained")
+        raise FileNotFoundError(f"no weights at {source}")
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors alike
@@ -312,7 +309,7 @@ def read_weights(source, preset):
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{source} wants to run code ({code[1]}), which is refused: load it "
                              "where you trust it, and save its dict of weights alone") from error
-        raise ValueError(f"{source} is not a readable weights file ({type(error).__name__}: "
+        raise ValueError(f"{source} is no file of weights ({type(error).__name__}: "
                          f"{reason})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{source} holds a {type(found).__name__}, not a dict of weights")

@@ -9,10 +9,10 @@ Expect on one CPU core, DeiT-Tiny, VOC at 320 px, bfloat16: 10.8 images/s.
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import record_function
 from torchvision.transforms.v2 import functional as TF
 
 import aream
@@ -27,6 +27,156 @@ KERNEL_SUM = 1 + DISTANCE_WEIGHT
 SIGMA = 0.3  # width of both softmaxes, in standard deviations
 MOST_PATCHES = 50  # of a side: the memory of a CAM grows with its fourth power
 NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+
+
+# -------------------------------------------------------------------------------------------------
+# The seed: CAMs of a whole image, refined
+# -------------------------------------------------------------------------------------------------
+class Refinement(NamedTuple):
+    """How CAMs are refined; the defaults are the paper's."""
+
+    scales: tuple = (1.0,)  # of the image
+    rows: str = "plain"  # of the affinities; "normalised": patches draw a sum of 1 from patches
+    beta: float = 1.0  # of random_walk
+    steps: int = 1
+    precision: str = "float32"
+
+
+@torch.no_grad()
+def seed_cams(model, pixels, class_ids, variants, settings=Refinement(), observe=None):
+    """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
+
+    pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> by what it is refined:
+        "patch map"  nothing: the patch map, without the class tokens' attention
+        "unrefined"  nothing: the patch map times that attention
+        (3, 7)       that, refined by the mean affinity of these layers
+        "entropy"    that, refined by the mean of all, each with its weight of aream.REACTIVATION
+                     (of plain rows, in this view of the image)
+    observe: called with the ViTOutput (B = 2) of the scale nearest to 1, and the size (h, w) of
+    the image in it without the padding.
+
+    Every scale is seen with its mirror image, padded to whole patches and cropped; the maps of all
+    scales are added, times scale^2 where attention has a part, as so many more patches share it.
+    Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
+    """
+    H, W = pixels.shape[-2:]
+    quarter = (-(-H // 4), -(-W // 4))  # of the image: four times a patch's resolution is plenty
+    total = {name: 0 for name in variants}
+    images = data.normalise(pixels[None])
+    class_ids = torch.as_tensor(class_ids).to(pixels.device, non_blocking=True)
+
+    for scale in settings.scales:
+        padded, (h, w) = data.mirrored_views(images, scale, model.patch)
+        with data.autocast(pixels.device, settings.precision):
+            output = model(padded, affinity=True)
+        if observe and scale == min(settings.scales, key=lambda s: abs(s - 1)):
+            observe(output, (h, w))
+        patch_map = output.cam[:, class_ids]  # (2, K, gh, gw)
+        attended = scale**2 * aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
+        blocks = [aream.patch_block(a, patch_map[0, 0].numel()) for a in output.affinity]
+        if settings.rows == "normalised":
+            blocks = [aream.normalise_rows(block) for block in blocks]
+
+        for name, layers in variants.items():
+            if layers == "patch map":
+                cam = patch_map
+            elif layers == "unrefined":
+                cam = attended
+            elif layers == "entropy":
+                present = torch.ones_like(patch_map[..., 0, 0])  # (2, K)
+                entropy = aream.layer_entropy(patch_map, output.affinity, present)
+                weights, _ = aream.reactivation_weights(entropy)
+                mean = aream.mean_affinity(blocks, range(len(blocks)), weights)
+                cam = random_walk(attended, mean, settings.beta, settings.steps)
+            else:
+                mean = aream.mean_affinity(blocks, layers)
+                cam = random_walk(attended, mean, settings.beta, settings.steps)
+            cam = data.bilinear(cam, padded.shape[-2:])[..., :h, :w]
+            cam = cam[:1] + cam[1:].flip(-1)
+            total[name] = total[name] + data.bilinear(cam, quarter)
+    every = torch.ones(1, len(class_ids), device=pixels.device)
+    return {name: aream.normalise_cam(cam, every)[0] for name, cam in total.items()}
+
+
+def random_walk(score, affinity, beta=1.0, steps=1):
+    """Spread a score along an affinity.
+
+    One step with beta 1 is the paper's plain propagation, with the rows as they are. Anything else
+    is T^steps score, where T is affinity^beta with every row divided by its sum. score (B, K, gh,
+    gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
+    """
+    if steps < 0 or beta <= 0:
+        raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
+    score, affinity = score.float(), affinity.float()
+    if steps == 1 and beta == 1:
+        return aream.propagate(affinity, score)
+    transition = aream.normalise_rows(affinity**beta)
+    for _ in range(steps):
+        score = aream.propagate(transition, score)
+    return score
+
+
+# -------------------------------------------------------------------------------------------------
+# Pseudo-labels
+# -------------------------------------------------------------------------------------------------
+def present_classes(labels):
+    """The classes of each image, filled up to one number K for the batch.
+
+    labels (B, C) in {0, 1}. Returns class indices (B, K), present ones first, and (B, K) in {0, 1}
+    which of them are present. K is the most classes that an image has (at least 1): what a batch
+    costs does not grow with C.
+    """
+    present, class_ids = labels.topk(max(1, int(labels.sum(1).max())), dim=1)
+    return class_ids, present
+
+
+def pseudo_label(images, cam, class_ids, present, low=LOW, high=HIGH, iterations=ITERATIONS,
+                 dilations=DILATIONS):
+    """Confident labels from a CAM, with a band of 255 between a low and a high background score.
+
+    images (B, 3, H, W) in [0, 1]; cam (B, K, h, w) in [0, 1], any size; class_ids, present (B, K):
+    present_classes. Returns (B, H, W) int64: a class 1..C where it beats even the high background
+    score, 0 where even the low one beats every class, else 255, undecided. Both are refined
+    together, at half size, by so many iterations of PAR with such dilations.
+    """
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"background scores low {low}, high {high}: 0 <= low <= high <= 1")
+    H, W = images.shape[-2:]
+    half = (max(1, H // 2), max(1, W // 2))
+    cam = data.bilinear(cam.float(), half)  # (B, K, h, w)
+    cam = cam.masked_fill(present[..., None, None] == 0, float("-inf"))
+
+    # softmax over background and classes; the classes' scores alone, for both background scores
+    background = [torch.full_like(cam[:, :1], value) for value in (low, high)]
+    prob = [torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background]
+    score = torch.cat(prob, 1)  # (B, 2 K, h, w)
+    small = data.bilinear(images.float(), half)
+    score = pixel_adaptive_refine(small, score, dilations, iterations)
+    score = data.bilinear(score, (H, W))
+
+    # argmax. Background and classes add up to 1 before PAR, which is linear and multiplies sums by
+    # 1.01 an iteration: the background is 1.01^iterations minus the sum of the classes.
+    total = KERNEL_SUM**iterations
+    values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)
+
+    def winner(score):
+        """(B, K, H, W) of the classes -> mask values (B, H, W)."""
+        every = torch.cat([total - score.sum(1, keepdim=True), score], 1)
+        index = every.max(1).indices  # many times faster than argmax on a CPU
+        return values.gather(1, index.flatten(1)).view(-1, H, W)
+
+    at_low, at_high = (winner(s) for s in score.chunk(2, 1))
+    return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
+
+
+def pseudo_mask(pixels, class_ids, cam, **settings):
+    """One image: (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}.
+
+    settings: low, high, iterations, dilations of pseudo_label.
+    """
+    class_ids = torch.as_tensor(class_ids).to(cam.device, non_blocking=True)[None]
+    images, present = pixels[None].float() / 255, torch.ones_like(class_ids)
+    return pseudo_label(images, cam[None], class_ids, present, **settings)[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -52,8 +202,9 @@ def par_kernel(images, dilations=DILATIONS):
     images, size, n = images.float(), images.shape[-2:], 8 * len(dilations)
     padded = F.pad(images, [max(dilations)] * 4, mode="replicate")
 
-    # The std over the neighbours is that of the steps I_n - I, as all are shifted by I. One
-    # neighbour at a time, as all 48 do not fit in a CPU's cache.
+    # The std over the neighbours I_n is that of the steps I_n - I: subtracting the same centre I
+    # from all of them does not change how far apart they lie. One neighbour at a time, as all 48
+    # do not fit in a CPU's cache.
     total, squares = torch.zeros_like(images), torch.zeros_like(images)
     step = torch.empty_like(images)
     for near in neighbours(padded, dilations, size):
@@ -120,96 +271,13 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
 
 
 # -------------------------------------------------------------------------------------------------
-# Random walk
-# -------------------------------------------------------------------------------------------------
-def random_walk(score, affinity, beta=1.0, steps=1):
-    """Spread a score along an affinity.
-
-    One step with beta 1 is the paper's plain propagation, with the rows as they are. Anything else
-    is T^steps score, where T is affinity^beta with every row divided by its sum. score (B, K, gh,
-    gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
-    """
-    if steps < 0 or beta <= 0:
-        raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
-    score, affinity = score.float(), affinity.float()
-    if steps == 1 and beta == 1:
-        return aream.propagate(affinity, score)
-    transition = aream.normalise_rows(affinity**beta)
-    for _ in range(steps):
-        score = aream.propagate(transition, score)
-    return score
-
-
-# -------------------------------------------------------------------------------------------------
-# Pseudo-labels
-# -------------------------------------------------------------------------------------------------
-def present_classes(labels):
-    """The classes of each image, filled up to one number K for the batch.
-
-    labels (B, C) in {0, 1}. Returns class indices (B, K), present ones first, and (B, K) in {0, 1}
-    which of them are present. K is the most classes that an image has (at least 1): what a batch
-    costs does not grow with C.
-    """
-    present, class_ids = labels.topk(max(1, int(labels.sum(1).max())), dim=1)
-    return class_ids, present
-
-
-def pseudo_label(images, cam, class_ids, present, low=LOW, high=HIGH, iterations=ITERATIONS,
-                 dilations=DILATIONS):
-    """Confident labels from a CAM, with a band of 255 between a low and a high background score.
-
-    images (B, 3, H, W) in [0, 1]; cam (B, K, h, w) in [0, 1], any size; class_ids, present (B, K):
-    present_classes. Returns (B, H, W) int64: a class 1..C where it beats even the high background
-    score, 0 where even the low one beats every class, else 255, undecided. Both are refined
-    together, at half size, by so many iterations of PAR with such dilations.
-    """
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"background scores low {low}, high {high}: 0 <= low <= high <= 1")
-    H, W = images.shape[-2:]
-    half = (max(1, H // 2), max(1, W // 2))
-    cam = data.bilinear(cam.float(), half)  # (B, K, h, w)
-    cam = cam.masked_fill(present[..., None, None] == 0, float("-inf"))
-
-    # softmax over background and classes; the classes' scores alone, for both background scores
-    background = [torch.full_like(cam[:, :1], value) for value in (low, high)]
-    prob = [torch.cat([b, cam], 1).softmax(1)[:, 1:] for b in background]
-    score = torch.cat(prob, 1)  # (B, 2 K, h, w)
-    small = data.bilinear(images.float(), half)
-    score = pixel_adaptive_refine(small, score, dilations, iterations)
-    score = data.bilinear(score, (H, W))
-
-    # argmax; PAR is linear, so the background's score is what the classes leave of the total
-    total = KERNEL_SUM**iterations
-    values = torch.cat([torch.zeros_like(class_ids[:, :1]), data.mask_value(class_ids)], 1)
-
-    def winner(score):
-        """(B, K, H, W) of the classes -> mask values (B, H, W)."""
-        every = torch.cat([total - score.sum(1, keepdim=True), score], 1)
-        index = every.max(1).indices  # many times faster than argmax on a CPU
-        return values.gather(1, index.flatten(1)).view(-1, H, W)
-
-    at_low, at_high = (winner(s) for s in score.chunk(2, 1))
-    return torch.where(at_high > 0, at_high, torch.where(at_low > 0, data.IGNORE, 0))
-
-
-def pseudo_mask(pixels, class_ids, cam, **settings):
-    """One image: (3, H, W) uint8, class_ids (K,), cam (K, h, w) -> (H, W) in {0, 1..C, 255}.
-
-    settings: low, high, iterations, dilations of pseudo_label.
-    """
-    class_ids = torch.as_tensor(class_ids).to(cam.device, non_blocking=True)[None]
-    images, present = pixels[None].float() / 255, torch.ones_like(class_ids)
-    return pseudo_label(images, cam[None], class_ids, present, **settings)[0]
-
-
-# -------------------------------------------------------------------------------------------------
-# CAMs of whole images
+# The stage
 # -------------------------------------------------------------------------------------------------
 def parse_layers(text, depth):
-    """"all", "none", "0-6", "3,7-8" (0-based, inclusive) -> layers; or a name of REACTIVATION."""
-    if text in ("all", "none"):
-        return tuple(range(depth)) if text == "all" else ()
-    if text in aream.REACTIVATION:
+    """"all", "unrefined", "entropy", "0-6", "3,7-8" (0-based, inclusive) -> a variant's layers."""
+    if text == "all":
+        return tuple(range(depth))
+    if text in ("unrefined", "entropy"):
         return text
     try:
         layers = []
@@ -219,76 +287,14 @@ def parse_layers(text, depth):
     except ValueError:
         layers = []
     if not layers or min(layers) < 0 or max(layers) >= depth:
-        raise ValueError(f"--layers {text!r}: use all, none, entropy or something like 0-6 or 3,7 "
-                         f"within 0-{depth - 1}")
+        raise data.UserError(f"--layers {text!r}: use all, unrefined, entropy or something like "
+                             f"0-6 or 3,7 within 0-{depth - 1}")
     return tuple(sorted(set(layers)))
 
 
-@torch.no_grad()
-def seed_cams(model, pixels, class_ids, variants, scales=(1.0,), rows="plain", beta=1.0, steps=1,
-              observe=None, precision="float32"):
-    """Seed CAMs of one image, refined in one or several ways, from one forward pass per scale.
-
-    pixels (3, H, W) uint8; class_ids: K present classes; variants: name -> how it is refined:
-        None        the patch map, without the class tokens' attention
-        ()          the class-attended CAM as it is
-        (3, 7)      that, times the mean affinity of these layers
-        "entropy"   that, times the mean of all, each with its weight of aream.REACTIVATION (of
-                    plain rows, in this view of the image)
-    rows: "plain", or "normalised" to a sum of 1 over patches (plain rows sum to less, as patches
-    draw from class tokens too); beta, steps: of random_walk. observe: called with the ViTOutput
-    (B = 2) of the scale nearest to 1, and the size (h, w) of the image in it without the padding.
-
-    Every scale is seen with its mirror image, padded to whole patches and cropped; the maps of all
-    scales are added, times scale^2 where attention has a part, as so many more patches share it.
-    Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
-    """
-    H, W = pixels.shape[-2:]
-    quarter = (-(-H // 4), -(-W // 4))  # of the image: four times a patch's resolution is plenty
-    total = {name: 0 for name in variants}
-    images = data.normalise(pixels[None])
-    class_ids = torch.as_tensor(class_ids).to(pixels.device, non_blocking=True)
-
-    for scale in scales:
-        padded, (h, w) = data.mirrored_views(images, scale, model.patch)
-        with data.autocast(pixels.device, precision):
-            output = model(padded, "affinity")
-        if observe and scale == min(scales, key=lambda s: abs(s - 1)):
-            observe(output, (h, w))
-        plain = output.cam[:, class_ids]  # (2, K, gh, gw)
-        attended = scale**2 * aream.class_attended_cam(output.cam, output.affinity)[:, class_ids]
-        blocks = [aream.patch_block(a, plain[0, 0].numel()) for a in output.affinity]
-        if rows == "normalised":
-            blocks = [aream.normalise_rows(block) for block in blocks]
-        present = torch.ones_like(plain[..., 0, 0])  # (2, K)
-
-        for name, layers in variants.items():
-            if layers is None:
-                cam = plain
-            elif not layers:
-                cam = attended
-            elif layers in aream.REACTIVATION:
-                entropy = aream.layer_entropy(plain, output.affinity, present)
-                weights, _ = aream.reactivation_weights(entropy, layers)
-                mean = aream.mean_affinity(blocks, range(len(blocks)), weights)
-                cam = random_walk(attended, mean, beta, steps)
-            else:
-                cam = random_walk(attended, aream.mean_affinity(blocks, layers), beta, steps)
-            cam = data.bilinear(cam, padded.shape[-2:])[..., :h, :w]
-            cam = cam[:1] + cam[1:].flip(-1)
-            total[name] = total[name] + data.bilinear(cam, quarter)
-    every = torch.ones(1, len(class_ids), device=pixels.device)
-    return {name: aream.normalise_cam(cam, every)[0] for name, cam in total.items()}
-
-
-def shrink_for(model, pixels, max_side=None):
-    """pixels (3, H, W) uint8, made smaller where its CAM would take too much memory."""
-    return data.shrink(pixels, max_side or MOST_PATCHES * model.patch)
-
-
-def load_classifier(path, dataset, device, options=None):
+def load_classifier(path, dataset, device):
     """The stage-1 model in eval mode, and its config; dataset: what it was trained on."""
-    checkpoint = data.read_checkpoint(path, "cls", dataset, options)
+    checkpoint = data.read_checkpoint(path, "cls", dataset)
     config = checkpoint["config"]
     model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"],
                       image_size=config["size"])
@@ -296,9 +302,70 @@ def load_classifier(path, dataset, device, options=None):
     return model.to(device).eval(), config
 
 
-# -------------------------------------------------------------------------------------------------
-# The stage
-# -------------------------------------------------------------------------------------------------
+def limit_size(model, pixels, max_side=None):
+    """pixels (3, H, W) uint8, made smaller where its CAM would take too much memory."""
+    return data.limit_size(pixels, max_side or MOST_PATCHES * model.patch)
+
+
+def refine_image(model, pixels, class_ids, args):
+    """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W)."""
+    limited = limit_size(model, pixels, args.max_side)
+    variants = {"seed": parse_layers(args.layers, len(model.blocks))}
+    cam = seed_cams(model, limited, class_ids, variants, refinement(args))["seed"]
+    mask = pseudo_mask(limited, class_ids, cam, **mask_settings(args))
+    return cam, data.enlarge(mask, pixels.shape[-2:])
+
+
+@torch.no_grad()
+def believed_classes(model, pixels, size, precision):
+    """The classes seen in a photograph, likeliest first, at least one: [(index, probability)]."""
+    square = data.normalise(TF.resize(pixels, [size, size], antialias=True)[None])
+    with data.autocast(pixels.device, precision):
+        output = model(square)
+    prob = ((output.class_logits + output.patch_logits).float() / 2).sigmoid()[0].cpu()
+    order = prob.argsort(descending=True).tolist()
+    return [(c, prob[c].item()) for i, c in enumerate(order) if i == 0 or prob[c] > 0.5]
+
+
+def parse_present(given, classes):
+    """The --present flags -> class indices: names, or numbers of lines in the list of classes."""
+    numbers = {str(k): k - 1 for k in range(1, len(classes) + 1)}
+    known = {**numbers, **{name: index for index, name in enumerate(classes)}}
+    found = []
+    for text in map(data.nfc, given):
+        whole = text.strip() in known  # a name may have a comma in it
+        for name in [text] if whole else text.split(","):
+            if name.strip() not in known:
+                raise data.UserError(f"--present: the classifier does not know {name.strip()!r}; "
+                                     f"it knows {', '.join(classes)}")
+            found.append(known[name.strip()])
+    return list(dict.fromkeys(found))
+
+
+def refine_photos(args, device):
+    """CAM and pseudo-mask of any photographs; needs the classifier alone."""
+    model, config = load_classifier(args.out / "cls" / "last.pt", None, device)
+    classes = config["classes"]
+    given = parse_present(args.present, classes)
+
+    for path, pixels in data.read_photos(args.photos):
+        class_ids, said = given, ", ".join(classes[c] for c in given)
+        if not given:
+            believed = believed_classes(model, pixels.to(device), config["size"], args.precision)
+            class_ids = [c for c, _ in believed]
+            said = ", ".join(f"{classes[c]} (probability {p:.2f})" for c, p in believed)
+        cam, mask = refine_image(model, pixels.to(device), class_ids, args)
+
+        target = args.out / "photos" / f"{path.stem}.cam.png"
+        data.write_mask(target, mask.cpu().numpy())
+        score, winner = cam.cpu().max(0)
+        values = data.mask_value(torch.tensor(class_ids))
+        legend = {classes[c]: data.mask_value(c) for c in class_ids}
+        data.write_overlay(target.with_suffix(".jpg"), pixels, values[winner].numpy(),
+                           (255 * score).byte().numpy(), legend)
+        print(f"{path.name}: {said}  ->  {target}, {target.with_suffix('.jpg').name}", flush=True)
+
+
 def refining_arguments(parser):
     add = parser.add_argument_group("CAM and random walk").add_argument
     add("--scales", type=data.number(float, 0.01), nargs="+", default=[1.0],
@@ -307,27 +374,26 @@ def refining_arguments(parser):
         help="of each layer's affinity between patches: as they are (default, the release's), or "
              "normalised, so that what patches draw from class tokens does not count")
     add("--beta", type=data.number(float, 0.01), default=1.0,
-        help="random walk: power of the affinity (default 1; others, and more steps, normalise its "
-             "rows)")
+        help="random walk: power of the affinity (default %(default)s; others, and more steps, "
+             "normalise its rows)")
     add("--steps", type=data.number(int, 0), default=1,
-        help="random walk: number of steps (default 1, the paper's plain propagation)")
+        help="random walk: number of steps (default %(default)s, the paper's plain propagation)")
     add("--max-side", type=data.number(int, 16), metavar="PX",
         help="shrink larger photographs (default: 50 patches, 800 px for DeiT)")
 
 
-def cam_settings(args):
+def refinement(args):
     """The settings of seed_cams on a command line."""
-    return dict(scales=args.scales, rows=args.rows, beta=args.beta, steps=args.steps,
-                precision=args.precision)
+    return Refinement(args.scales, args.rows, args.beta, args.steps, args.precision)
 
 
 def mask_arguments(add):
     add("--low", type=data.number(float, 0, 1), default=LOW,
-        help=f"low background score of the pseudo-labels (default {LOW})")
+        help="low background score of the pseudo-labels (default %(default)s)")
     add("--high", type=data.number(float, 0, 1), default=HIGH,
-        help=f"high background score; between the two lies the band of 255 (default {HIGH})")
+        help="high background score; between the two lies the band of 255 (default %(default)s)")
     add("--par-iterations", type=data.number(int, 0), default=ITERATIONS, metavar="N",
-        help="of the pixel-adaptive refinement (default 10)")
+        help="of the pixel-adaptive refinement (default %(default)s)")
     add("--par-dilations", type=data.number(int, 1), nargs="+", default=list(DILATIONS),
         metavar="N",
         help="how far its neighbours are, in pixels at half size (default 1 2 4 8 12 24)")
@@ -336,7 +402,7 @@ def mask_arguments(add):
 def mask_settings(args):
     """The settings of pseudo_label on a command line."""
     if args.low > args.high:
-        raise ValueError(f"--low {args.low} is above --high {args.high}")
+        raise data.UserError(f"--low {args.low} is above --high {args.high}")
     return dict(low=args.low, high=args.high, iterations=args.par_iterations,
                 dilations=args.par_dilations)
 
@@ -348,52 +414,39 @@ def parse_args(argv=None):
     parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
                         help="refine these photographs (files, folders) instead; replaces earlier "
                              "CAMs of the same names")
-    parser.add_argument("--labels", metavar="A,B",
-                        help="for --photos: the classes they show (default: what the classifier "
-                             "believes)")
-    parser.add_argument("--profile", type=data.profile_steps, metavar="N",
-                        help="time N images and write nothing")
+    parser.add_argument("--present", metavar="A,B", action="append", default=[],
+                        help="for --photos: the classes they show, by name or by number of their "
+                             "line in the class list (default: what the classifier believes); may "
+                             "be repeated")
     refining_arguments(parser)
     add = parser.add_argument_group("pseudo-masks").add_argument
     add("--layers", default="all",
-        help="whose mean affinity refines: all (default), none, like 0-6, or entropy: all, times "
-             "1 - e")
+        help="whose mean affinity refines: all (default), unrefined (none), like 0-6, or entropy: "
+             "all, times 1 - e")
     mask_arguments(add)
     args = parser.parse_args(argv)
     args.split = args.split or data.training_split(args.data)
     mask_settings(args)  # looks at them before anything is read or written
-    if args.labels and not args.photos:
-        parser.error("--labels goes with --photos; the labels of a data set come with it")
+    if args.present and not args.photos:
+        parser.error("--present goes with --photos; the labels of a data set come with it")
     return args
-
-
-def refine_image(model, pixels, class_ids, args):
-    """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W)."""
-    shrunk = shrink_for(model, pixels, args.max_side)
-    variants = {"seed": parse_layers(args.layers, len(model.blocks))}
-    with record_function("CAM"):
-        cam = seed_cams(model, shrunk, class_ids, variants, **cam_settings(args))["seed"]
-    with record_function("PAR"):
-        mask = pseudo_mask(shrunk, class_ids, cam, **mask_settings(args))
-    return cam, data.enlarge(mask, pixels.shape[-2:])
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = data.start(args)
+    device = data.setup(args)
     if args.photos:
         return refine_photos(args, device)
 
     # data and classifier
     dataset = data.open_split(args, args.split)
     classifier = args.out / "cls" / "last.pt"
-    model, _ = load_classifier(classifier, dataset, device, data.data_flags(args))
+    model, _ = load_classifier(classifier, dataset, device)
     parse_layers(args.layers, len(model.blocks))  # fails before the first image
-    if args.profile:
-        return profile(model, dataset, args, device)
     cams, masks = args.out / "cam", args.out / "pseudo"
+    settings = data.stage_settings(args, dataset, {"classifier": [classifier]})
     for folder in (cams, masks):
-        data.prepare_folder(folder, args, dataset, {"classifier": [classifier]})
+        data.prepare_folder(folder, args, settings)
 
     # every image that is not there yet; of several processes each takes its share
     def done(name):
@@ -418,57 +471,6 @@ def main(argv=None):
     data.log_line(masks, {"images": len(dataset.ids), "refined": len(todo),
                           "images/s": len(todo) / seconds, "precision": args.precision,
                           "seconds": seconds})
-
-
-@torch.no_grad()
-def believed_classes(model, pixels, size, precision):
-    """The classes seen in a photograph, likeliest first, at least one: [(index, probability)]."""
-    square = data.normalise(TF.resize(pixels, [size, size], antialias=True)[None])
-    with data.autocast(pixels.device, precision):
-        output = model(square)
-    prob = ((output.class_logits + output.patch_logits).float() / 2).sigmoid()[0].cpu()
-    order = prob.argsort(descending=True).tolist()
-    return [(c, prob[c].item()) for i, c in enumerate(order) if i == 0 or prob[c] > 0.5]
-
-
-def refine_photos(args, device):
-    """CAM and pseudo-mask of any photographs; needs the classifier alone."""
-    model, config = load_classifier(args.out / "cls" / "last.pt", None, device)
-    classes = config["classes"]
-    given = [name.strip() for name in (args.labels or "").split(",") if name.strip()]
-    if unknown := [name for name in given if name not in classes]:
-        raise ValueError(f"--labels: the classifier does not know {unknown[0]!r}; it knows "
-                         f"{', '.join(classes)}")
-
-    for path, pixels in data.read_photos(args.photos):
-        if given:
-            class_ids, said = [classes.index(name) for name in given], ", ".join(given)
-        else:
-            believed = believed_classes(model, pixels.to(device), config["size"], args.precision)
-            class_ids = [c for c, _ in believed]
-            said = ", ".join(f"{classes[c]} (probability {p:.2f})" for c, p in believed)
-        cam, mask = refine_image(model, pixels.to(device), class_ids, args)
-
-        target = args.out / "photos" / f"{path.stem}.cam.png"
-        data.write_mask(target, mask.cpu().numpy())
-        score, winner = data.bilinear(cam[None].cpu(), pixels.shape[-2:])[0].max(0)
-        values = data.mask_value(torch.tensor(class_ids))
-        legend = {classes[c]: data.mask_value(c) for c in class_ids}
-        data.write_overlay(target.with_suffix(".jpg"), pixels, values[winner].numpy(),
-                           score.numpy(), legend)
-        print(f"{path.name}: {said}  ->  {target}, {target.with_suffix('.jpg').name}", flush=True)
-
-
-def profile(model, dataset, args, device):
-    """Print where the time of --profile images goes; writes nothing."""
-    def step(i):
-        name = dataset.ids[i % len(dataset.ids)]
-        with record_function("load"):
-            pixels = TF.pil_to_tensor(dataset.image(name)).to(device)
-        refine_image(model, pixels, dataset.labels(name), args)[1].cpu()
-
-    print(f"refine.py, {dataset.name}, scales {args.scales}, {device}, {args.precision}")
-    data.profile(step, args.profile, device)
 
 
 if __name__ == "__main__":

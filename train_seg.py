@@ -36,52 +36,6 @@ RECIPES = {  # defaults by kind of backbone; toy has its own
 }
 
 
-def parse_args(argv=None):
-    parser = data.argument_parser(__doc__)
-    data.resuming_arguments(parser)
-    parser.add_argument("--predict-only", action="store_true",
-                        help="predict --predict-split with the trained model, train nothing")
-    parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
-                        help="segment these photographs (files, folders) with the trained model, "
-                             "train nothing; replaces earlier masks of the same names")
-    add = parser.add_argument_group("model").add_argument
-    add("--arch", choices=ARCHITECTURES, metavar="NAME",
-        help=f"{', '.join(ARCHITECTURES)} (default the first; --data toy: the last)")
-    add("--pretrained", metavar="auto|none|PATH", default="auto",
-        help="auto (default): ImageNet backbone of torchvision, for deeplabv3_vit "
-             "<out>/cls/last.pt, from which it takes its size with none too")
-    add = parser.add_argument_group("training").add_argument
-    add("--split", help="default trainaug of VOC2012, else train")
-    add("--masks", type=Path, metavar="DIR", help="pseudo-masks (default <out>/pseudo)")
-    add("--size", type=data.number(int, 16), metavar="PX",
-        help="side of a training crop (default 513; ViT 320; --data toy: 64)")
-    add("--batch", type=data.number(int, 2),
-        help="at least 2, for the batch normalisation of pooled features (default 16)")
-    add("--epochs", type=data.number(int, 1), help="default 30; --data toy: 6")
-    add("--lr", type=data.number(float, 0),
-        help="of the backbone, the head has ten times as much (default 0.001, SGD; ViT 6e-5, "
-             "AdamW; --data toy: 5e-4)")
-    add = parser.add_argument_group("prediction").add_argument
-    add("--predict-split", default="val", metavar="SPLIT",
-        help="split to predict after training (default val)")
-    add("--scales", type=data.number(float, 0.01), nargs="+",
-        help="default 0.5 0.75 1 1.25 1.5, each with its mirror image (--data toy: 1); a trained "
-             "model's own for --photos and --predict-only")
-    add("--max-side", type=data.number(int, 16), metavar="PX",
-        help="shrink larger photographs (default 1024; ViT 64 patches)")
-    args = parser.parse_args(argv)
-
-    args.split = args.split or data.training_split(args.data)
-    args.arch = args.arch or ("deeplabv3_vit" if args.data == "toy" else "deeplabv3_resnet101")
-    kind = "vit" if args.arch == "deeplabv3_vit" else "cnn"
-    for key, value in RECIPES["toy" if args.data == "toy" else kind].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.scales is None and not (args.photos or args.predict_only):
-        args.scales = [1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5]
-    return args
-
-
 # -------------------------------------------------------------------------------------------------
 # Images and masks
 # -------------------------------------------------------------------------------------------------
@@ -115,24 +69,6 @@ class SegmentationSet(Dataset):
             mask = TF.resize(tv_tensors.Mask(torch.from_numpy(mask)), size)
             image, mask = self.transform(image, mask)
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long()
-
-
-def is_ground_truth(dataset, folder):
-    """Whether a folder is one of the data set's folders of masks, or a copy of one."""
-    folder = Path(folder).resolve()
-    if any(folder == f.resolve() for f in dataset.ground_truth_folders()):
-        return True
-    compared = 0
-    for name in dataset.ids[:20]:
-        try:
-            target = dataset.mask(name)
-        except (FileNotFoundError, ValueError):  # none, or none that could have been copied
-            continue
-        mask = data.read_mask(folder / f"{name}.png", len(dataset.classes))
-        if not np.array_equal(mask, target):
-            return False
-        compared += 1
-    return compared > 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -192,11 +128,12 @@ def load_backbone(net, arch, source):
         try:
             found = weights.get_state_dict(progress=True, check_hash=True)
         except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
-            raise FileNotFoundError(f"could not download {weights.url} ({error}); fetch it "
-                                    "elsewhere and give its path with --pretrained PATH, or use "
-                                    "--pretrained none") from error
+            raise data.UserError(f"could not download {weights.url} ({error}); fetch it elsewhere "
+                                 "and give its path with --pretrained PATH, or use --pretrained "
+                                 "none") from error
     else:
-        found = vit.plain_weights(vit.read_weights(source, arch))
+        with data.given("--pretrained", "give a file of ImageNet weights, auto or none"):
+            found = vit.plain_weights(vit.read_weights(source, arch))
     own = net.backbone.state_dict()
     if arch == "deeplabv3_mobilenet_v2":  # layers 0, 1, ... here, features.0 ... there
         found = {k.removeprefix("features."): v for k, v in found.items()}
@@ -204,17 +141,18 @@ def load_backbone(net, arch, source):
     absent = [k for k in own if k not in found and not k.endswith("num_batches_tracked")]
     wrong = [k for k, v in chosen.items() if v.shape != own[k].shape]
     if absent or wrong:
-        raise ValueError(f"{source} does not hold an ImageNet backbone for {arch} (first problem "
-                         f"at {(absent + wrong)[0]}); give torchvision's classification weights "
-                         "of that network")
+        raise data.UserError(f"{source} does not hold an ImageNet backbone for {arch} (first "
+                             f"problem at {(absent + wrong)[0]}); give torchvision's "
+                             "classification weights of that network")
     net.backbone.load_state_dict(chosen, strict=False)
 
 
 # -------------------------------------------------------------------------------------------------
 # Training and prediction
 # -------------------------------------------------------------------------------------------------
-def train_one_epoch(net, optimizer, loader, args, epoch, device):
-    """All steps of an epoch -> its log record. FloatingPointError if a loss is not finite."""
+def train_one_epoch(net, optimizer, loader, args, epoch):
+    """All steps of an epoch -> its log record. UserError if a loss is not finite."""
+    device = next(net.parameters()).device
     loader.sampler.set_epoch(epoch)
     data.seed_epoch(args.seed, epoch)
     net.train()
@@ -266,17 +204,17 @@ def predict(net, pixels, scales, multiple=1, precision="float32"):
     return total.max(0).indices.to(torch.uint8)  # many times faster than argmax on a CPU
 
 
-def multiple_of(net):
+def padding_multiple(net):
     """Images of a ViT are padded to multiples of its patch size, of a CNN not at all."""
     return net.backbone.model.patch if isinstance(net.backbone, ViTFeatures) else 1
 
 
 def predict_photograph(net, pixels, scales, args, device):
     """predict() within a bounded memory: a large photograph is shrunk, its mask enlarged."""
-    multiple = multiple_of(net)
+    multiple = padding_multiple(net)
     most = args.max_side or (1024 if multiple == 1 else 64 * multiple)
-    shrunk = data.shrink(pixels, most).to(device)
-    mask = predict(net, shrunk, scales, multiple, args.precision)
+    limited = data.limit_size(pixels, most).to(device)
+    mask = predict(net, limited, scales, multiple, args.precision)
     return data.enlarge(mask.cpu(), pixels.shape[-2:]).numpy()
 
 
@@ -285,14 +223,10 @@ def predict_split(net, dataset, scales, args, device):
     net.eval()
     torch.backends.cudnn.benchmark = False  # nearly every photograph has a size of its own
     folder, begin = args.out / "pred" / dataset.split, time.time()
-    if not data.rank():
-        model = data.file_digest(args.out / "seg" / "last.pt")
-        data.claim_folder(folder, args, {"scales": scales, "max_side": args.max_side,
-                                         "precision": args.precision,
-                                         "made_from": {"model": model}})
-    data.wait_for_all()
-    share = data.share(dataset.ids)
-    todo = [name for name in share if not (folder / f"{name}.png").is_file()]
+    settings = {"scales": scales, "max_side": args.max_side, "precision": args.precision,
+                "model": data.file_digest(args.out / "seg" / "last.pt")}
+    data.prepare_folder(folder, args, settings)
+    todo = [name for name in data.share(dataset.ids) if not (folder / f"{name}.png").is_file()]
     images = data.load_images(dataset, todo, args.workers, device)
     for count, (name, pixels) in enumerate(images, 1):
         data.write_mask(folder / f"{name}.png",
@@ -319,24 +253,14 @@ def make_optimizer(net, args):
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
 
 
-def read_deeplab(path, dataset):
-    """A checkpoint of this stage; ValueError if its weights are meant for other atrous rates."""
-    checkpoint = data.read_checkpoint(path, "seg", dataset)
-    rates = checkpoint["config"].get("atrous_rates")
-    if rates != list(ATROUS_RATES):
-        raise ValueError(f"{path} was trained with the atrous rates {rates}, ATROUS_RATES is now "
-                         f"{list(ATROUS_RATES)}: train again with --overwrite")
-    return checkpoint
-
-
 def restore(net, optimizer, args, dataset, folder, classifier):
     """Where training begins (resumed, pretrained, scratch) -> the first epoch."""
     last = folder / "last.pt"
     if args.resume and last.is_file():
-        checkpoint = read_deeplab(last, dataset)
+        checkpoint = data.read_checkpoint(last, "seg", dataset)
         if checkpoint["config"]["arch"] != args.arch:
-            raise ValueError(f"--resume in {folder}, which holds a "
-                             f"{checkpoint['config']['arch']}, with --arch {args.arch}")
+            raise data.UserError(f"--resume in {folder}, which holds a "
+                                 f"{checkpoint['config']['arch']}, with --arch {args.arch}")
         net.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["epoch"]
@@ -347,18 +271,32 @@ def restore(net, optimizer, args, dataset, folder, classifier):
     return 0
 
 
-def check_masks(dataset, masks, options):
-    """An error where a folder holds no masks to train on: none, ground truth, no class."""
-    data.need_files(masks, dataset.ids, ".png", f"make them with  python refine.py {options}")
-    if is_ground_truth(dataset, masks):
-        raise ValueError(f"{masks} is pixel ground truth: training on it would not be weakly "
-                         f"supervised; give the pseudo-masks of refine.py")
+def check_flags(args, masks, device):
+    """UserError on flags that do not go together; masks: the folder of pseudo-masks."""
+    folder, pred = args.out / "seg", args.out / "pred"
+    if any(masks.resolve().is_relative_to(place.resolve()) for place in (folder, pred)):
+        raise data.UserError(f"--masks {masks} lies in {args.out}, where training replaces "
+                             "predictions: use another --out")
+    if pred.is_dir() and not (folder / "last.pt").is_file() and not args.overwrite:
+        raise data.UserError(f"{pred} holds predictions, but {folder} no model that made them: "
+                             "replace them with --overwrite, or choose another --out")
+    if device.type == "cpu" and args.batch < 2 * data.world():
+        raise data.UserError(f"--batch {args.batch} for {data.world()} processes: each needs two "
+                             "images, for the batch normalisation of pooled features")
+
+
+def check_masks(dataset, masks):
+    """UserError where a folder holds no masks to train on: none, ground truth, no class."""
+    if masks.resolve() in [folder.resolve() for folder in dataset.ground_truth_folders()]:
+        raise data.UserError(f"{masks} is pixel ground truth: training on it would not be weakly "
+                             "supervised; give the pseudo-masks of refine.py")
+    data.need_files(masks, dataset.ids, ".png", "make them with refine.py, in the same --out")
     for name in dataset.ids[:200]:
         mask = data.read_mask(masks / f"{name}.png", len(dataset.classes))
         if ((mask > 0) & (mask != data.IGNORE)).any():
             return
-    raise ValueError(f"the masks in {masks} show no class: write class k as k, {data.IGNORE} is "
-                     f"undecided")
+    raise data.UserError(f"the masks in {masks} show no class: write class k as k, {data.IGNORE} "
+                         "is undecided")
 
 
 def read_classifier(args, dataset):
@@ -368,82 +306,12 @@ def read_classifier(args, dataset):
     path = args.pretrained
     if path in ("auto", "none"):  # with none, for its size
         path = args.out / "cls" / "last.pt"
-    return path, data.read_checkpoint(path, "cls", dataset, data.data_flags(args))
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    device = data.start(args)
-    if args.photos:
-        return segment_photos(args, device)
-    if args.predict_only:
-        return predict_again(args, device)
-    folder, pred, masks = args.out / "seg", args.out / "pred", args.masks or args.out / "pseudo"
-    if any(masks.resolve().is_relative_to(place.resolve()) for place in (folder, pred)):
-        raise ValueError(f"--masks {masks} lies in {args.out}, where training replaces "
-                         f"predictions: use another --out")
-    if device.type == "cpu" and args.batch < 2 * data.world():
-        raise ValueError(f"--batch {args.batch} for {data.world()} processes: each needs two "
-                         f"images, for the batch normalisation of pooled features")
-
-    # data
-    dataset = data.open_split(args, args.split)
-    predicted = data.open_split(args, args.predict_split, like=dataset)
-    check_masks(dataset, masks, f"{data.data_flags(args)} --split {args.split} --out "
-                                f"{data.quoted(args.out)}")
-    samples = SegmentationSet(dataset, masks, args.size)
-    loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
-
-    # model, optimiser, where to begin
-    path, classifier = read_classifier(args, dataset)
-    net = build(args.arch, len(dataset.classes), classifier and classifier["config"])
-    if args.size % multiple_of(net):
-        raise ValueError(f"--size {args.size} is not a multiple of the patch size "
-                         f"{multiple_of(net)}")
-    net.to(device)
-    if not classifier:  # what convolutions are fastest with
-        net.to(memory_format=torch.channels_last)
-        torch.backends.cudnn.benchmark = not args.deterministic
-    optimizer = make_optimizer(net, args)
-    first = restore(net, optimizer, args, dataset, folder, classifier)
-
-    # folders
-    if first == 0 and pred.is_dir() and not args.overwrite:
-        raise ValueError(f"{pred} holds predictions, but {folder} no model that made them: replace "
-                         f"them with --overwrite, or choose another --out")
-    made_from = {"pseudo-masks": [masks / f"{name}.png" for name in dataset.ids]}
-    if classifier:
-        made_from["classifier"] = [path]
-    data.prepare_folder(folder, args, dataset, made_from)
-    data.go_on(folder, first)
-    if first < args.epochs and not data.rank():  # what an earlier or half-trained model predicted
-        shutil.rmtree(pred, ignore_errors=True)
-    data.wait_for_all()
-    config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes),
-              "classifier": classifier and classifier["config"], "scales": args.scales,
-              "atrous_rates": list(ATROUS_RATES)}
-
-    # train
-    wrapped = data.distributed(net, device)
-    begin = saved = time.time()
-    for epoch in range(first, args.epochs):
-        record = train_one_epoch(wrapped, optimizer, loader, args, epoch, device)
-        if epoch + 1 == args.epochs or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
-            data.write_checkpoint(folder / "last.pt", {
-                "stage": "seg", "config": config, "epoch": epoch + 1,
-                "model": net.state_dict(), "optimizer": optimizer.state_dict()})
-            saved = time.time()
-        per_epoch = (time.time() - begin) / (epoch + 1 - first)
-        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
-        data.log_line(folder, record)
-
-    # predict
-    predict_split(net, predicted, args.scales, args, device)
+    return path, data.read_checkpoint(path, "cls", dataset)
 
 
 def load_trained(args, dataset, device):
     """The DeepLab of <out>/seg in eval mode, and its config; dataset: what it was trained on."""
-    checkpoint = read_deeplab(args.out / "seg" / "last.pt", dataset)
+    checkpoint = data.read_checkpoint(args.out / "seg" / "last.pt", "seg", dataset)
     config = checkpoint["config"]
     net = build(config["arch"], len(config["classes"]), config["classifier"])
     net.load_state_dict(checkpoint["model"])
@@ -468,9 +336,114 @@ def segment_photos(args, device):
         target = args.out / "photos" / f"{path.stem}.png"
         overlay = target.with_suffix(".overlay.jpg")
         data.write_mask(target, mask)
-        data.write_overlay(overlay, pixels, mask, 0.5 * (mask > 0), shown)
+        data.write_overlay(overlay, pixels, mask, 127 * (mask > 0).astype(np.uint8), shown)
         print(f"{path.name}: {', '.join(shown) or 'background alone'}  ->  {target}, "
               f"{overlay.name}", flush=True)
+
+
+def parse_args(argv=None):
+    parser = data.argument_parser(__doc__)
+    data.resuming_arguments(parser)
+    parser.add_argument("--predict-only", action="store_true",
+                        help="predict --predict-split with the trained model, train nothing")
+    parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
+                        help="segment these photographs (files, folders) with the trained model, "
+                             "train nothing; replaces earlier masks of the same names")
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=ARCHITECTURES, metavar="NAME",
+        help=f"{', '.join(ARCHITECTURES)} (default the first; --data toy: the last)")
+    add("--pretrained", metavar="auto|none|PATH", default="auto",
+        help="auto (default): ImageNet backbone of torchvision, for deeplabv3_vit "
+             "<out>/cls/last.pt, from which it takes its size with none too")
+    add = parser.add_argument_group("training").add_argument
+    add("--split", help="default trainaug of VOC2012, else train")
+    add("--masks", type=Path, metavar="DIR", help="pseudo-masks (default <out>/pseudo)")
+    add("--size", type=data.number(int, 16), metavar="PX",
+        help="side of a training crop (default 513; ViT 320; --data toy: 64)")
+    add("--batch", type=data.number(int, 2),
+        help="at least 2, for the batch normalisation of pooled features (default 16)")
+    add("--epochs", type=data.number(int, 1), help="default 30; --data toy: 6")
+    add("--lr", type=data.number(float, 0),
+        help="of the backbone, the head has ten times as much (default 0.001, SGD; ViT 6e-5, "
+             "AdamW; --data toy: 5e-4)")
+    add = parser.add_argument_group("prediction").add_argument
+    add("--predict-split", default="val", metavar="SPLIT",
+        help="split to predict after training (default val)")
+    add("--scales", type=data.number(float, 0.01), nargs="+",
+        help="default 0.5 0.75 1 1.25 1.5, each with its mirror image (--data toy: 1); a trained "
+             "model's own for --photos and --predict-only")
+    add("--max-side", type=data.number(int, 16), metavar="PX",
+        help="shrink larger photographs (default 1024; ViT 64 patches)")
+    args = parser.parse_args(argv)
+
+    args.split = args.split or data.training_split(args.data)
+    args.arch = args.arch or ("deeplabv3_vit" if args.data == "toy" else "deeplabv3_resnet101")
+    kind = "vit" if args.arch == "deeplabv3_vit" else "cnn"
+    for key, value in RECIPES["toy" if args.data == "toy" else kind].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.scales is None and not (args.photos or args.predict_only):
+        args.scales = [1.0] if args.data == "toy" else [0.5, 0.75, 1.0, 1.25, 1.5]
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = data.setup(args)
+    if args.photos:
+        return segment_photos(args, device)
+    if args.predict_only:
+        return predict_again(args, device)
+    folder, masks = args.out / "seg", args.masks or args.out / "pseudo"
+    check_flags(args, masks, device)
+
+    # data
+    dataset = data.open_split(args, args.split)
+    predicted = data.open_split(args, args.predict_split, like=dataset)
+    check_masks(dataset, masks)
+    samples = SegmentationSet(dataset, masks, args.size)
+    loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
+
+    # model
+    path, classifier = read_classifier(args, dataset)
+    net = build(args.arch, len(dataset.classes), classifier and classifier["config"]).to(device)
+    if args.size % padding_multiple(net):
+        raise data.UserError(f"--size {args.size} is not a multiple of the patch size "
+                             f"{padding_multiple(net)}")
+    if not classifier:  # what convolutions are fastest with
+        net.to(memory_format=torch.channels_last)
+        torch.backends.cudnn.benchmark = not args.deterministic
+
+    # optimiser, where to begin
+    optimizer = make_optimizer(net, args)
+    first = restore(net, optimizer, args, dataset, folder, classifier)
+    made_from = {"pseudo-masks": [masks / f"{name}.png" for name in dataset.ids]}
+    if classifier:
+        made_from["classifier"] = [path]
+    data.prepare_folder(folder, args, data.stage_settings(args, dataset, made_from))
+    data.cut_log(folder, first)
+    if first < args.epochs and not data.rank():  # what an earlier or half-trained model predicted
+        shutil.rmtree(args.out / "pred", ignore_errors=True)
+    data.wait_for_all()
+    config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes),
+              "classifier": classifier and classifier["config"], "scales": args.scales}
+
+    # train
+    wrapped = data.distributed(net, device)
+    begin = saved = time.time()
+    for epoch in range(first, args.epochs):
+        record = train_one_epoch(wrapped, optimizer, loader, args, epoch)
+        if epoch + 1 == args.epochs or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
+            data.write_checkpoint(folder / "last.pt", {
+                "stage": "seg", "config": config, "epoch": epoch + 1,
+                "model": net.state_dict(), "optimizer": optimizer.state_dict()})
+            saved = time.time()
+        per_epoch = (time.time() - begin) / (epoch + 1 - first)
+        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
+        data.log_line(folder, record)
+
+    # predict
+    predict_split(net, predicted, args.scales, args, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,297 @@
+"""The records of a study -> tables and a chart; a study's runs -> records.
+
+Run    python -m results.study                            results/*.json -> results/tables, voc.png
+       python -m results.study gather FOLDER RECORDS      runs <question>/<row>/<seed> -> RECORDS
+       python -m results.study demo PLAIN OUT             two finished runs, as README's table
+"""
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import evaluate
+
+HERE = Path(__file__).parent
+RECORDS = ("toy", "voc", "voc_h200", "avx2")
+CAM_COLUMNS = ("patch map alone", "unrefined", "shallow layers", "deep layers", "all layers")
+SETTINGS = ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augment", "precision",
+            "reactivation", "entropy", "coupling", "deep_from", "affinity_weight", "pair_labels",
+            "par_dilations")
+GAINS = [  # what, records, the question and row of AReAM, column; the plain row is its "none"
+    ("VOC train", "voc", "schedule/uniform-split", "all layers"),
+    ("the same on an H200", "voc_h200", "schedule/uniform-split", "all layers"),
+    ("VOC train, `--rows normalised`", "voc", "rows/uniform-split", "all layers"),
+    ("the same on an H200", "voc_h200", "rows/uniform-split", "all layers"),
+    ("6,293 images of trainaug", "voc", "trainaug/uniform-split", "all layers"),
+    ("the same, `--rows normalised`", "voc", "trainaug-rows/uniform-split", "all layers"),
+    ("their pseudo-masks, labelled pixels", "voc", "trainaug-near/uniform-split-normalised",
+     "labelled pixels"),
+    ("the same, all pixels", "voc", "trainaug-near/uniform-split-normalised", "all pixels"),
+    ("DeepLab on them, val", "voc", "trainaug-near/uniform-split-normalised", "DeepLab, val"),
+    ("toy, affinity weight 4", "toy", "reactivation/uniform", "all layers"),
+]
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs -> records
+# -------------------------------------------------------------------------------------------------
+def gather(folder, path):
+    """Collect the scores of the runs <folder>/<question>/<row>/<seed> in the file path."""
+    records = []
+    for run in sorted({file.parent for file in Path(folder).glob("*/*/*/results.json")}):
+        settings = data.read_json(run / "cls" / "args.json", "repeat the study")
+        record = {"row": "/".join(run.parts[-3:-1]), "seed": run.name,
+                  "settings": {key: settings.get(key) for key in SETTINGS}}
+        for line in data.read_log(run / "cls"):
+            if "val_class_mAP" in line:
+                record["map"] = line["val_class_mAP"]
+                record["device"] = line.get("device")
+        if (run / "layers.json").is_file():
+            record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
+        for result in data.read_json(run / "results.json", "repeat the study"):
+            if result["what"] in ("pseudo", "pred"):
+                record[result["what"]] = result
+        records.append(record)
+    if not records:
+        raise data.UserError(f"no scored <question>/<row>/<seed> under {folder}: results/toy.sh "
+                             "and results/voc.sh make them")
+    write_records(path, records)
+
+
+def write_records(path, records):
+    """A record a line."""
+    with data.replacing(path) as temporary:
+        lines = ",\n".join(json.dumps(record) for record in records)
+        temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def read_records(name):
+    return data.read_json(HERE / f"{name}.json", "results/toy.sh or results/voc.sh makes it")
+
+
+# -------------------------------------------------------------------------------------------------
+# Records -> tables in Markdown
+# -------------------------------------------------------------------------------------------------
+def table(header, rows):
+    """Lines of a table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def mean_and_deviation(values, form=".1f"):
+    """Mean and, of several values, standard deviation."""
+    several = f" ± {np.std(values, ddof=1):{form.strip('+')}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{several}"
+
+
+def cam_cell(runs, column):
+    """Seed mIoU of runs at the fixed threshold, and in brackets the mean of the best ones."""
+    rows = [run["table"][column] for run in runs]
+    best = np.mean([row["best"] for row in rows])
+    return f"{mean_and_deviation([row['fixed'] for row in rows])} ({best:.1f})"
+
+
+def columns(run):
+    """column -> percent, of one run's record; seeds at the fixed threshold."""
+    found = {}
+    if "map" in run:
+        found["class mAP"] = run["map"]
+    if "table" in run:
+        found.update({column: run["table"][column]["fixed"] for column in CAM_COLUMNS})
+    if "pseudo" in run:
+        found.update({"labelled pixels": run["pseudo"]["labelled"],
+                      "all pixels": run["pseudo"]["all"], "undecided": run["pseudo"]["undecided"]})
+    if "pred" in run:
+        found["DeepLab, val"] = run["pred"]["miou"]
+    return found
+
+
+def cells_of_runs(runs):
+    """column -> cell of one row: mean and standard deviation over its runs."""
+    cells, each = {"seeds": str(len(runs))}, [columns(run) for run in runs]
+    for column in each[0]:
+        if all(column in found for found in each):
+            cells[column] = (cam_cell(runs, column) if column in CAM_COLUMNS
+                             else mean_and_deviation([found[column] for found in each]))
+    if all("table" in run for run in runs):
+        correlations = [evaluate.rank_correlation(run["table"], run["measures"], "fixed")
+                        for run in runs]
+        cells["entropy ~ mIoU"] = mean_and_deviation(correlations, "+.2f")
+    return cells
+
+
+def cells_of_layers(runs):
+    """layer -> cell of one row: mean mIoU of the seed refined by that layer alone, its entropy."""
+    cells = {}
+    for l in range(len(runs[0]["measures"]["entropy"])):
+        miou = np.mean([run["table"][f"layer {l}"]["fixed"] for run in runs])
+        entropy = np.mean([run["measures"]["entropy"][l] for run in runs])
+        cells[f"layer {l}"] = f"{miou:.1f} ({entropy:.2f})"
+    return cells
+
+
+def paired(runs, plain, column):
+    """The differences of runs from the plain run of the same seed."""
+    before = {run["seed"]: columns(run) for run in plain}
+    pairs = [(columns(run), before[run["seed"]]) for run in runs if run["seed"] in before]
+    return [after[column] - base[column] for after, base in pairs
+            if column in after and column in base]
+
+
+def cells_of_gains(runs, plain):
+    """column -> mean difference, seed by seed, from the plain row ± its standard error."""
+    cells = {}
+    for column in columns(runs[0]):
+        if gains := paired(runs, plain, column):
+            cells[column] = f"{np.mean(gains):+.1f}"
+        if len(gains) > 1:
+            cells[column] += f" ± {np.std(gains, ddof=1) / math.sqrt(len(gains)):.1f}"
+    return cells
+
+
+def rows_of(records):
+    """question -> row -> runs."""
+    questions = {}
+    for record in records:
+        question, _, row = record["row"].partition("/")
+        questions.setdefault(question, {}).setdefault(row, []).append(record)
+    return questions
+
+
+def study_tables(records):
+    """Lines: tables of each question, a line a row, mean ± standard deviation over seeds.
+
+    Then each layer's part, and the rows' differences from the row "none", ± standard error.
+    """
+    def lines_of(cells):  # row -> column -> cell
+        header = list(dict.fromkeys(column for row in cells.values() for column in row))
+        rows = [[row, *(own.get(column, "") for column in header)] for row, own in cells.items()]
+        return table([question, *header], rows)
+
+    lines = []
+    for question, rows in rows_of(records).items():
+        ordered = sorted(rows, key=lambda row: (row != "none", row))
+        lines += ["", f"**{question}**", ""]
+        lines += lines_of({row: cells_of_runs(rows[row]) for row in ordered})
+        if all("table" in run for runs in rows.values() for run in runs):
+            lines += ["", f"{question}: refined by one layer alone (entropy in bits)", ""]
+            lines += lines_of({row: cells_of_layers(rows[row]) for row in ordered})
+        if "none" in rows and len(rows) > 1:
+            lines += ["", f"{question}: difference from `none`, paired by seed", ""]
+            lines += lines_of({row: cells_of_gains(rows[row], rows["none"])
+                               for row in ordered[1:]})
+    return lines
+
+
+def gain_table():
+    """Lines: one comparison each, mean ± standard deviation over seeds, gains paired by seed."""
+    rows = []
+    for what, name, row, column in GAINS:
+        question, _, own = row.partition("/")
+        found = rows_of(read_records(name))[question]
+        runs = [[columns(run)[column] for run in found[key] if column in columns(run)]
+                for key in ("none", own)]
+        gains = paired(found[own], found["none"], column)
+        script = "toy.sh" if name == "toy" else "voc.sh"
+        rows.append([what, str(len(gains)), f"`{script} {row}`",
+                     *(mean_and_deviation(values) for values in runs),
+                     mean_and_deviation(gains, "+.1f")])
+    return table(["mIoU (%)", "seeds", "made by `bash results/`…", "plain", "AReAM", "gain"], rows)
+
+
+def demo_table(plain, out):
+    """Lines: README's table of the demo."""
+    def last(folder, what):
+        records = data.read_json(folder / "results.json", f"make it with evaluate.py --what {what}")
+        found = [record for record in records if record["what"] == what]
+        if not found:
+            raise data.UserError(f"{folder / 'results.json'} has no record of {what}: make it "
+                                 f"with evaluate.py --what {what}")
+        return found[-1]
+
+    runs = [[last(folder, "layers")] for folder in (plain, out)]
+    rows = [[f"CAM, {name}", *(cam_cell(run, name) for run in runs)]
+            for name in ("unrefined", "shallow layers", "deep layers", "all layers")]
+    pseudo, pred = last(out, "pseudo"), last(out, "pred")
+    rows.append(["pseudo-masks, labelled pixels", "", f"{pseudo['labelled']:.1f}"])
+    rows.append(["DeepLab, val", "", f"{pred['miou']:.1f}"])
+    header = [f"mIoU (%) on {pred['data']}, at {evaluate.FIXED_THRESHOLD} (best*)",
+              "plain classifier", "after AReAM"]
+    return table(header, rows) + [
+        "* threshold chosen with pixel labels: an upper bound, not a result from image labels"]
+
+
+# -------------------------------------------------------------------------------------------------
+# The chart: the paper's Figure 1, and what AReAM does to it
+# -------------------------------------------------------------------------------------------------
+LINES = [("plain", "schedule/none", (178, 34, 34)),
+         ("AReAM", "schedule/uniform-split", (0, 0, 140)),
+         ("AReAM, normalised rows", "rows/uniform-split", (0, 120, 60))]
+
+
+def draw_chart(path, records):
+    """Seed mIoU refined by each layer alone, mean and ± standard deviation over seeds as a band."""
+    scale = 2  # drawn twice as large
+    width, height, left, top, right, bottom = 900, 420, 60, 34, 880, 350
+    picture = Image.new("RGBA", (scale * width, scale * height), "white")
+    font = ImageFont.load_default(13 * scale)
+    questions, depth, low, high = rows_of(records), 12, 0, 65
+
+    def at(layer, miou):
+        x = left + (right - left) * (layer + 0.5) / depth
+        y = bottom - (bottom - top) * (miou - low) / (high - low)
+        return scale * x, scale * y
+
+    draw = ImageDraw.Draw(picture)
+    for tick in range(low, high, 10):
+        draw.line([(scale * left, at(0, tick)[1]), (scale * right, at(0, tick)[1])], "lightgrey")
+        draw.text((scale * (left - 28), at(0, tick)[1] - 8 * scale), str(tick), "black", font)
+    for layer in range(depth):
+        draw.text((at(layer, 0)[0] - 4 * scale, scale * (bottom + 8)), str(layer), "black", font)
+    draw.text((scale * left, scale * 8), "VOC train: mIoU (%) of the CAM refined by one layer's "
+              "affinity (dotted: by the mean of all)", "black", font)
+    for i, (name, row, colour) in enumerate(LINES):
+        question, _, own = row.partition("/")
+        runs = questions[question][own]
+        miou = np.array([[run["table"][f"layer {l}"]["fixed"] for l in range(depth)]
+                         for run in runs])
+        mean, deviation = miou.mean(0), miou.std(0, ddof=1)
+        band = Image.new("RGBA", picture.size)
+        edge = [at(l, v) for l, v in enumerate(mean + deviation)]
+        edge += [at(l, v) for l, v in reversed(list(enumerate(mean - deviation)))]
+        ImageDraw.Draw(band).polygon(edge, fill=(*colour, 50))
+        picture.alpha_composite(band)
+        draw = ImageDraw.Draw(picture)
+        draw.line([at(l, v) for l, v in enumerate(mean)], colour, 2 * scale)
+        y = at(0, np.mean([run["table"]["all layers"]["fixed"] for run in runs]))[1]
+        for x in range(scale * left, scale * right, 8 * scale):
+            draw.line((x, y, x + 3 * scale, y), colour, scale)
+        draw.text((scale * (left + 260 * i), scale * (bottom + 36)),
+                  f"{name} ({len(runs)} seeds)", colour, font)
+    data.write_picture(path, picture.convert("RGB").resize((width, height), Image.LANCZOS))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["gather"] and len(argv) == 3:
+        gather(*argv[1:])
+        print(*study_tables(data.read_json(argv[2], "")), sep="\n")
+    elif argv[:1] == ["demo"] and len(argv) == 3:
+        print(*demo_table(*map(Path, argv[1:])), sep="\n")
+    elif not argv:
+        for name in RECORDS:
+            text = "\n".join(study_tables(read_records(name))).strip() + "\n"
+            (HERE / "tables" / f"{name}.md").write_text(text, encoding="utf-8")
+        text = "\n".join(gain_table()) + "\n"
+        (HERE / "tables" / "gains.md").write_text(text, encoding="utf-8")
+        draw_chart(HERE / "voc.png", read_records("voc"))
+    else:
+        raise data.UserError(f"unknown arguments {' '.join(argv)}\n{__doc__}")
+
+
+if __name__ == "__main__":
+    data.run(main)
