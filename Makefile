@@ -1,7 +1,13 @@
-# make demo: environment, four stages on `toy`, a table, runs/toy/demo.png.   make test: environment, pytest (SLOW=1: all).
-# make speed: the speed table, on this CPU.                 make gpu: profile, kernels and tests on a CUDA card.
+# make demo: four stages on `toy`, a table, runs/toy/pictures.png.   make test: pytest (SLOW=1: all).
+# make speed: the speed table, on this CPU.   make gpu: profiles, kernels and tests on a CUDA card.
+# Each makes an environment .venv first (5.5 GB), but with PY=python, which names a Python that has what it needs.
 PYTHON ?= python3
+ifdef PY
+READY :=
+else
 PY := .venv/bin/python
+READY := .venv/ready
+endif
 ifdef SMOKE
 TRAIN := --epochs 2 --warmup-epochs 1 --limit 64
 SEG := --epochs 1 --limit 64
@@ -12,7 +18,7 @@ endif
 
 # one thread: the number of cores does not change the rounding
 demo: export OMP_NUM_THREADS = 1
-demo: .venv/ready
+demo: $(READY)
 	$(PY) train_cls.py --data toy --reactivation none --out runs/toy/plain --overwrite $(TRAIN)
 	$(PY) train_cls.py --data toy --branch-from runs/toy/plain/cls/warmup.pt --overwrite $(TRAIN)
 	$(PY) evaluate.py --data toy --what layers --out runs/toy/plain --limit 300 $(LIMIT)
@@ -21,17 +27,18 @@ demo: .venv/ready
 	$(PY) evaluate.py --data toy --what pseudo $(LIMIT)
 	$(PY) train_seg.py --data toy --overwrite $(SEG)
 	$(PY) evaluate.py --data toy --what pred $(LIMIT)
-	$(PY) evaluate.py --data toy --what demo --before runs/toy/plain
+	$(PY) evaluate.py --data toy --what pictures --before runs/toy/plain
+	$(PY) -m results.study demo runs/toy/plain runs/toy
 
-test: .venv/ready
+test: $(READY)
 	AREAM_SLOW=$(SLOW) $(PY) -m pytest -q -rs test_aream.py
 
-speed: .venv/ready
-	$(PY) test_aream.py
+speed: $(READY)
+	$(PY) -m results.speed table
 
-gpu: .venv/ready
-	$(PY) train_cls.py --data toy --preset deit_small --pretrained none --size 224 --batch 64 --precision bfloat16 --profile 20
-	$(PY) test_aream.py kernels
+gpu: $(READY)
+	$(PY) -m results.speed profile --preset deit_small --batch 64 --precision bfloat16 --device cuda
+	$(PY) -m results.speed kernels
 	$(PY) -m pytest -q -rs test_aream.py
 
 .venv/ready: requirements.txt

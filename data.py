@@ -363,9 +363,10 @@ class COCO(ImageSet):
                             "download")
 
     def collect(self, record):
-        """Sets classes, ids, files (name -> file, (H, W)), objects (name -> [(id, class, outline)]).
+        """Sets classes, ids, files (name -> file, (H, W)), objects.
 
-        Raises ValueError on what does not fit together.
+        objects: name -> [(annotation id, class index, outline)]. Raises ValueError on what does
+        not fit together.
         """
         categories = sorted((c["id"], nfc(c["name"])) for c in record["categories"])
         self.classes = tuple(name for _, name in categories)
@@ -698,8 +699,8 @@ def decode_mask(image, num_classes):
             r, g, b = colour = tuple(palette[3 * value:3 * value + 3])
             means = {VOC_VALUES.get(colour, 0), r if r == g == b and r <= num_classes else 0} - {0}
             if means and value not in means:
-                raise ValueError(f"value {value} has the colour {colour}, which is another class's: "
-                                 "save it again in VOC's palette, or as grey values")
+                raise ValueError(f"value {value} has the colour {colour}, which is another "
+                                 "class's: save it again in VOC's palette, or as grey values")
         return index
     if image.mode not in ("RGB", "RGBA"):
         raise ValueError(f"its mode {image.mode!r} holds no values")
@@ -760,8 +761,8 @@ def enlarge(mask, size):
     """A mask (h, w) at another size (H, W), by nearest neighbour; what limit_size did, undone."""
     if mask.shape == tuple(size):
         return mask
-    larger = F.interpolate(mask[None, None].to(torch.uint8), size=tuple(size), mode="nearest-exact")
-    return larger[0, 0].to(mask.dtype)
+    small = mask[None, None].to(torch.uint8)
+    return F.interpolate(small, tuple(size), mode="nearest-exact")[0, 0].to(mask.dtype)
 
 
 @contextmanager
@@ -900,7 +901,7 @@ def replacing(path):
 
 
 def write_picture(path, image):
-    """A PIL image as PNG or JPEG, by the path's suffix; JPEG holds at most 65,500 pixels a side."""
+    """A PIL image as PNG or JPEG, by the path's suffix; a JPEG's sides are at most 65,500."""
     kind = {".png": "PNG", ".jpg": "JPEG"}[Path(path).suffix]
     if kind == "JPEG" and max(image.size) > 65_500:
         image.thumbnail((65_500, 65_500))
@@ -1034,8 +1035,9 @@ def need_finite(losses, folder, epoch, step):
     if not losses.isfinite().all():
         last = Path(folder) / "last.pt"
         on_disk = f"the last good state is {last}" if last.is_file() else "nothing is written yet"
-        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {max(1, step - 19)} to "
-                        f"{step}; {on_disk}. Lower --lr, or look at the images of these steps")
+        steps = f"{max(1, step - 19)} to {step}"
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {steps}; {on_disk}. "
+                        "Lower --lr, or look at the images of these steps")
 
 
 SECONDS_BETWEEN_CHECKPOINTS = 60  # at least: they would cost a GPU a tenth of its time

@@ -194,7 +194,8 @@ def evaluate_masks(dataset, folder, pseudo=False, device="cpu"):
     unlabelled = data.sum_over_all(unlabelled.to(device)).cpu()
     need_classes(confusion.sum(1) + unlabelled, dataset)
     if not confusion.any():
-        raise data.UserError(f"the masks in {folder} decide on no pixel: there is nothing to score")
+        raise data.UserError(f"the masks in {folder} decide on no pixel: there is nothing to "
+                             "score")
     return confusion, unlabelled
 
 

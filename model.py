@@ -277,8 +277,8 @@ def load_pretrained(model, source):
         block = re.match(r"blocks\.(\d+)\.", key)
         beyond = block and int(block[1]) >= len(model.blocks)
         if not beyond and not key.startswith(("cls_token", "pos_embed", "norm.", "head.")):
-            raise ValueError(f"{wrong}: it has {key!r}, for which plain DeiT has no place (gamma_1 "
-                             "and gamma_2 are LayerScale's)")
+            raise ValueError(f"{wrong}: it has {key!r}, for which plain DeiT has no place "
+                             "(gamma_1 and gamma_2 are LayerScale's)")
     model.load_state_dict(weights)
 
 

@@ -1,8 +1,8 @@
 """Sanity checks on small synthetic inputs, CPU only:  make test
 
 In order: the paper's formulas by hand; the ViT; refinement and scores; the naive rendering; whole
-stages; everyday input; downloads; broken files; resuming and processes; a pretended GPU, and a real
-one where there is one; real data (AREAM_DATA=<folder that holds VOCdevkit and COCO2014>).
+stages; everyday input; downloads; broken files; resuming and processes; a pretended GPU, and a
+real one where there is one; real data (AREAM_DATA=<folder that holds VOCdevkit and COCO2014>).
 """
 import argparse
 import errno
@@ -269,8 +269,8 @@ def test_wrong_weights_are_refused(tmp_path):
             (deit_state(dim=384), other + r"'\S+' is \(.*384.*\), which does not make \(.*192"),
             (incomplete, other + "it has no 'blocks.3.norm1.weight'"),
             (distilled, other + "it is distilled .it has a dist_token"),
-            ({**deit_state(), "pos_embed": torch.zeros(1, 196, 192)}, other + "its 'pos_embed' has "
-             "196 positions, not one for the class token"),
+            ({**deit_state(), "pos_embed": torch.zeros(1, 196, 192)},
+             other + "its 'pos_embed' has 196 positions, not one for the class token"),
             ({**deit_state(), "blocks.0.gamma_1": torch.zeros(192)}, other + "it has "
              "'blocks.0.gamma_1', for which plain DeiT has no place .* LayerScale"),
             ({"fc.weight": torch.zeros(3)}, r"it has no .* \(its first keys: fc.weight\)")):
@@ -431,8 +431,8 @@ def test_masks_are_padded_as_the_images_are():
 
 
 def test_layers_on_the_command_line():
-    for text, layers in (("0-2,5", (0, 1, 2, 5)), ("unrefined", "unrefined"), ("entropy", "entropy"),
-                         ("all", (0, 1, 2, 3, 4, 5))):
+    for text, layers in (("0-2,5", (0, 1, 2, 5)), ("all", (0, 1, 2, 3, 4, 5)),
+                         ("unrefined", "unrefined"), ("entropy", "entropy")):
         assert refine.parse_layers(text, 6) == layers
     for text in ("3-9", "x", "5-3", "-1"):
         with refused(f"--layers '{text}'"):
@@ -1743,7 +1743,8 @@ MESSAGES = [  # stage, flags, what is printed after "error: "
     (train_cls, "--size 60", r"--size 60: not a multiple of the patch size 8"),
     (train_cls, "--depth 7", r"--depth 7: toy has 6 blocks"),
     (train_cls, "--batch 5", r"--batch 5 with 4 images"),
-    (train_cls, "--batch 4 --pretrained auto", r"--pretrained: there are no public weights for preset 'toy'"),
+    (train_cls, "--batch 4 --pretrained auto", r"--pretrained: there are no public weights for "
+                                               r"preset 'toy'"),
     (train_cls, "--data nowhere", r"no data set or folder 'nowhere'"),
     (train_cls, "--batch 4 --coupling split --deep-from 6", r"--deep-from 6 with 6 layers"),
     (train_cls, "--data .", r"--data \. needs --classes: a file"),
@@ -1770,8 +1771,8 @@ def test_the_users_errors_are_one_line(stage, flags, message, tmp_path, capsys, 
     (lambda: open("."), 2, "error: [Errno 21] Is a directory: '.'\n"),
     (lambda: fail(OSError()), 2, "error: OSError()\n"),
     (lambda: fail(data.UserError("two\nlines")), 2, "error: two lines\n"),
-    (lambda: fail(RuntimeError("worker (pid 7) is killed by signal: Bus error. It is possible that "
-                               "dataloader's workers are out of shared memory.")), 2,
+    (lambda: fail(RuntimeError("worker (pid 7) is killed by signal: Bus error. It is possible "
+                               "that dataloader's workers are out of shared memory.")), 2,
      "error: the loader's workers have too little shared memory: use --workers 0, or give a "
      "container more (docker run --shm-size 2g)\n")])
 def test_errors_are_one_line(capsys, main, code, printed):

@@ -299,8 +299,8 @@ def restore(model, optimizer, args, dataset, folder):
                                  f"give more than --epochs {args.epochs}")
     else:
         if args.pretrained != "none":
-            with data.given("--pretrained", "give the DeiT file of that size, another --preset, or "
-                                            "--pretrained none"):
+            remedy = "give the DeiT file of that size, another --preset, or --pretrained none"
+            with data.given("--pretrained", remedy):
                 vit.load_pretrained(model, args.pretrained)
         return None
 

@@ -1,12 +1,31 @@
-# The steps of a study; sourced by toy.sh and voc.sh. A row is a folder $OUT/<question>/<row>/<seed>; what is there is
-# skipped, so that an interrupted study goes on. SEEDS, OUT and the arrays DATA, SCORE, MASKS (flags) come from there.
+# The steps of a study; sourced by toy.sh and voc.sh, which name their rows in a function rows() and end with
+#   study "$@"      all rows, or those that are named, with what they go on from
+# A row is a folder $OUT/<question>/<row>/<seed>; what is there is skipped, so that an interrupted study goes on.
+# SEEDS, OUT and the arrays DATA, SCORE, MASKS (flags) come from there.
 set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the number of cores does not change the rounding
 PYTHON="${PYTHON:-.venv/bin/python}"
+declare -A FROM WANTED  # row -> the row it goes on from; the rows to make, none: all
+PLAN=1
+
+# wanted NAME [OF]: in the first pass take note of the row and of what it goes on from; then: is it to be made?
+wanted() {
+  if [ "$PLAN" ]; then
+    [ "$1" = "${2:-}" ] || FROM[$1]=${2:-}
+    return 1
+  fi
+  [ "${#WANTED[@]}" = 0 ] || [ "${WANTED[$1]:-}" ]
+}
 
 # row NAME [flags of train_cls.py]: train, and score each layer. %SEED% stands for the seed.
 row() {
-  local name=$1 seed out; shift
+  local name=$1 of="" seed out; shift
+  local flags="$*"
+  if [[ "$flags" == *--branch-from* ]]; then  # of a flag given twice the last counts
+    of=${flags##*--branch-from "$OUT"/}
+    of=${of%%/%SEED%*}
+  fi
+  wanted "$name" "$of" || return 0
   for seed in $SEEDS; do
     out=$OUT/$name/$seed
     if [ ! -f "$out/layers.json" ]; then
@@ -30,6 +49,7 @@ copy() {
 # score NAME OF [flags of evaluate.py]: another way to refine with the classifiers of row OF
 score() {
   local name=$1 of=$2 seed out; shift 2
+  wanted "$name" "$of" || return 0
   for seed in $SEEDS; do
     out=$OUT/$name/$seed
     if [ ! -f "$out/layers.json" ]; then
@@ -50,6 +70,7 @@ unscored() {
 # masks NAME OF [flags of refine.py]: pseudo-masks of the classifiers of row OF
 masks() {
   local name=$1 of=$2 seed out; shift 2
+  wanted "$name" "$of" || return 0
   for seed in $(unscored "$name" pseudo); do
     out=$OUT/$name/$seed
     copy "$name" "$of" "$seed"
@@ -68,6 +89,7 @@ val() {
 # segment NAME OF [flags of train_seg.py]: a DeepLab trained on the masks of row OF
 segment() {
   local name=$1 of=$2 seed; shift 2
+  wanted "$name" "$of" || return 0
   for seed in $(unscored "$name" pred); do
     copy "$name" "$of" "$seed"
     val "$OUT/$name/$seed" --masks "$OUT/$of/$seed/pseudo" --seed "$seed" "$@"
@@ -77,6 +99,7 @@ segment() {
 # predict NAME OF [flags of train_seg.py]: the DeepLabs of row OF predict val in another way
 predict() {
   local name=$1 of=$2 seed; shift 2
+  wanted "$name" "$of" || return 0
   for seed in $(unscored "$name" pred); do
     copy "$name" "$of" "$seed"
     copy "$name" "$of" "$seed" seg
@@ -84,14 +107,21 @@ predict() {
   done
 }
 
-# deeplab NAME OF [flags of train_seg.py]: masks, and a DeepLab trained on them
-deeplab() {
-  local name=$1 of=$2; shift 2
-  masks "$name" "$of"
-  segment "$name" "$name" "$@"
-}
-
-# study: the scores of all rows, gathered in $OUT/records.json and printed as tables
+# study [ROW ...]: make the rows, gather the scores of all that are there in $OUT/records.json, print them as tables
 study() {
-  "$PYTHON" evaluate.py --what study --out "$OUT" --records "$OUT/records.json"
+  local name
+  rows  # takes note of what goes on from what
+  for name in "$@"; do
+    if [ -z "${FROM[$name]+known}" ]; then
+      echo "error: no row $name; there are: ${!FROM[*]}" >&2
+      exit 2
+    fi
+    while [ "$name" ]; do
+      WANTED[$name]=1
+      name=${FROM[$name]}
+    done
+  done
+  PLAN=
+  rows
+  "$PYTHON" -m results.study gather "$OUT" "$OUT/records.json"
 }

@@ -206,11 +206,11 @@ def gain_table():
 def demo_table(plain, out):
     """Lines: README's table of the demo."""
     def last(folder, what):
-        records = data.read_json(folder / "results.json", f"make it with evaluate.py --what {what}")
+        remedy = f"make it with evaluate.py --what {what}"
+        records = data.read_json(folder / "results.json", remedy)
         found = [record for record in records if record["what"] == what]
         if not found:
-            raise data.UserError(f"{folder / 'results.json'} has no record of {what}: make it "
-                                 f"with evaluate.py --what {what}")
+            raise data.UserError(f"{folder / 'results.json'} has no record of {what}: {remedy}")
         return found[-1]
 
     runs = [[last(folder, "layers")] for folder in (plain, out)]
@@ -234,7 +234,7 @@ LINES = [("plain", "schedule/none", (178, 34, 34)),
 
 
 def draw_chart(path, records):
-    """Seed mIoU refined by each layer alone, mean and ± standard deviation over seeds as a band."""
+    """Seed mIoU refined by each layer alone: mean over seeds, standard deviation as a band."""
     scale = 2  # drawn twice as large
     width, height, left, top, right, bottom = 900, 420, 60, 34, 880, 350
     picture = Image.new("RGBA", (scale * width, scale * height), "white")

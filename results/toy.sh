@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study on toy:  [SEEDS="0 1 2 3 4"] bash results/toy.sh
+# The study on toy:  [SEEDS="0 1 2 3 4"] bash results/toy.sh          one row of it:  bash results/toy.sh deeplab/uniform
 # What ran, and which seeds of it: results/toy.json and avx2.json.
 OUT=runs/study-toy
 SEEDS=${SEEDS:-0 1 2 3 4}
@@ -9,16 +9,19 @@ MASKS=(--split train)
 source "$(dirname "$0")/common.sh"
 WARM=(--branch-from "$OUT/reactivation/none/%SEED%/cls/warmup.pt")
 
-# Does AReAM repair the deep layers, with which weights?
-row reactivation/none --reactivation none
-row reactivation/uniform "${WARM[@]}" --reactivation uniform
-row reactivation/entropy "${WARM[@]}"
-# uniform weights, and labels without a pass of their own
-row reactivation/uniform-shared "${WARM[@]}" --reactivation uniform --labels shared
+rows() {
+  # Does AReAM repair the deep layers, with which weights?
+  row reactivation/none --reactivation none
+  row reactivation/uniform "${WARM[@]}" --reactivation uniform
+  row reactivation/entropy "${WARM[@]}"
+  # uniform weights, and labels without a pass of their own
+  row reactivation/uniform-shared "${WARM[@]}" --reactivation uniform --pair-labels shared
 
-# Does it reach masks and segmentation?
-deeplab deeplab/none reactivation/none
-deeplab deeplab/uniform reactivation/uniform
-deeplab deeplab/entropy reactivation/entropy
+  # Does it reach masks and segmentation?
+  for kind in none uniform entropy; do
+    masks   "deeplab/$kind" "reactivation/$kind"
+    segment "deeplab/$kind" "deeplab/$kind"
+  done
+}
 
-study
+study "$@"
