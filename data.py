@@ -758,11 +758,8 @@ def limit_size(pixels, max_side):
 
 
 def enlarge(mask, size):
-    """A mask (h, w) at another size (H, W), by nearest neighbour; what limit_size did, undone."""
-    if mask.shape == tuple(size):
-        return mask
-    small = mask[None, None].to(torch.uint8)
-    return F.interpolate(small, tuple(size), mode="nearest-exact")[0, 0].to(mask.dtype)
+    """A mask (h, w) uint8 at another size (H, W), by nearest neighbour: limit_size undone."""
+    return F.interpolate(mask[None, None], tuple(size), mode="nearest-exact")[0, 0]
 
 
 @contextmanager

@@ -308,11 +308,11 @@ def limit_size(model, pixels, max_side=None):
 
 
 def refine_image(model, pixels, class_ids, args):
-    """pixels (3, H, W) uint8 and its classes -> seed CAM (K, h, w), pseudo-mask (H, W)."""
+    """pixels (3, H, W) uint8, its classes -> seed CAM (K, h, w), pseudo-mask (H, W) uint8."""
     limited = limit_size(model, pixels, args.max_side)
     variants = {"seed": parse_layers(args.layers, len(model.blocks))}
     cam = seed_cams(model, limited, class_ids, variants, refinement(args))["seed"]
-    mask = pseudo_mask(limited, class_ids, cam, **mask_settings(args))
+    mask = pseudo_mask(limited, class_ids, cam, **mask_settings(args)).to(torch.uint8)
     return cam, data.enlarge(mask, pixels.shape[-2:])
 
 

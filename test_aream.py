@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import http.server
+import io
 import json
 import math
 import multiprocessing
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -1102,6 +1104,26 @@ def test_cams_of_photographs(own, photos, capsys):
     assert re.search(r"b.jpeg: \w+ \(probability [01]\.\d\d\)", capsys.readouterr().out)
 
 
+def test_what_is_no_photograph_is_counted(own, photos, capsys):
+    (photos / "inside").mkdir()
+    (photos / "._b.jpeg").write_bytes(b"of a Mac")
+    (photos / "x.heic").write_bytes(b"of a phone")
+    call(train_seg, own.out, "--max-side 160 --photos", photos, photos / "b.jpeg")  # once
+    printed = capsys.readouterr().out
+    assert printed.count("b.jpeg: ") == 1 and "._b" not in printed
+    for left_out in ("1 folder inside", "1 .heic (no image for Pillow", "1 .txt (no image"):
+        assert left_out in printed.splitlines()[-1]
+
+
+def test_classes_of_photographs_by_name_or_number():
+    classes = ["cat", "tabby, tabby cat", "7"]
+    for given, expected in ((["cat,7"], [0, 2]), (["tabby, tabby cat", "1"], [1, 0]),
+                            (["2", "cat, cat"], [1, 0])):
+        assert refine.parse_present(given, classes) == expected
+    with refused("does not know 'dog'; it knows cat, tabby"):
+        refine.parse_present(["cat,dog"], classes)
+
+
 def test_an_unreadable_photograph_stops_no_other(own, photos):
     (photos / "a b.png").write_bytes(b"no image")
     with refused("1 left out: .*a b.png cannot be read"):
@@ -1256,10 +1278,10 @@ class Folder:
     def open_coco(self, split="train"):
         return data.open_data("COCO2014", self.root, split)
 
-    def replace(self, suffix, image):
+    def replace(self, suffix, image, **how):
         """Another photograph a."""
         self.image.unlink()
-        image.save(self.image.with_name(f"a{suffix}"))
+        image.save(self.image.with_name(f"a{suffix}"), **how)
 
     def rename(self, new):
         Image.open(self.image).save(self.image.with_name(new))
@@ -1302,6 +1324,7 @@ RAMP = np.add.outer(np.arange(40) * 3, np.arange(48) * 2).astype(np.uint8)
 GREY16 = Image.fromarray((np.full((40, 48), 88) * 256).astype(np.uint16))
 FLOAT = Image.fromarray(np.zeros((9, 9), np.float32))
 COLOUR = [tuple(colour) for colour in data.VOC_COLOURS.tolist()]
+MAC = unicodedata.normalize("NFD", "Köter")
 RED, BLACK, WHITE = (255, 0, 0), (0, 0, 0), (255, 255, 255)
 GREYS = [(value, value, value) for value in range(129)]
 LATIN = '<?xml version="1.0" encoding="iso-8859-1"?><a><object><name>köter</name></object></a>'
@@ -1322,6 +1345,9 @@ def pixels_of(f):
     """How many pixels of COCO's first image have class 1 (the crowd), class 2 (the polygon)."""
     mask = f.open_coco().mask("COCO_train2014_000000000000")
     return (mask == 1).sum(), (mask == 2).sum()
+
+
+PIXELS = (16, 600 - 16)  # of make_coco's first image
 
 
 def in_a_subfolder(f):
@@ -1356,6 +1382,15 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      lambda f: f.open().image("a.1").size, (48, 40)),
     ("two files of one name", lambda f: Image.open(f.image).save(f.image.with_suffix(".png")),
      opened, "holds a.jpg and a.png, two images of one name"),
+    ("broken EXIF", lambda f: f.replace(".png", Image.fromarray(RAMP), exif=b"Exif\0\0MM*broken"),
+     size_of, (48, 40)),
+    ("an image of two pages", lambda f: f.replace(".tif", Image.fromarray(RAMP), save_all=True,
+                                                  append_images=[Image.fromarray(draw())]),
+     size_of, (48, 40)),
+    ("a Mac's hidden file", lambda f: f.image.with_name("._a.jpg").write_bytes(b"metadata"), ids,
+     ["a", "b", "c", "d"]),
+    ("a name as a Mac spells it", lambda f: (f.rename(MAC + ".jpg"), f.list.write_text("Köter\n")),
+     lambda f: f.open().image("Köter").size, (48, 40)),
     ("half a file", lambda f: f.image.write_bytes(f.image.read_bytes()[:400]), size_of,
      "a.jpg cannot be read .*: replace it, or leave it out"),
     # masks
@@ -1408,6 +1443,10 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("another encoding of XML",
      lambda f: (f.classes.write_text("cat\ndog\nköter\n", encoding="utf-8"),
                 f.xml.write_bytes(LATIN.encode("iso-8859-1"))), labels_of, [2]),
+    ("a class as a Mac spells it",
+     lambda f: (f.classes.write_text(f"cat\ndog\n{MAC}\n", encoding="utf-8"),
+                f.xml.write_bytes(LATIN.replace("köter", "Köter").encode("iso-8859-1"))),
+     labels_of, [2]),
     ("an encoding that the parser lacks", lambda f: f.xml.write_bytes(CHINESE.encode("gb2312")),
      labels_of, "a.xml cannot be read .*multi-byte"),
     ("an unknown class", lambda f: f.xml.write_text(UNICORN), labels_of,
@@ -1424,6 +1463,15 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "line 3 of .*labels.csv names the image 'zebra', which is not in"),
     ("labels.csv with an unknown class", lambda f: f.labels_csv("a,cow\n"), labels_of,
      "labels.csv names the class 'cow' in a"),
+    ("a one-hot table", lambda f: f.labels_csv("name,cat,dog,axolotl\na.jpg,1,0,1\nb,0,1.0,0\n"),
+     lambda f: [f.open().labels(n) for n in "ab"], [[0, 2], [1]]),
+    ("a one-hot table of classes 0 and 1",
+     lambda f: (f.classes.write_text("0\n1\n"), f.labels_csv("id,0,1\na,1,0\nb,0,1\n")),
+     lambda f: [f.open().labels(n) for n in "ab"], [[0], [1]]),
+    ("another value in a one-hot table", lambda f: f.labels_csv("name,cat,dog\na,1,2\n"), opened,
+     "line 2 of .*labels.csv has the value '2': below class names it must be 0 or 1"),
+    ("a one-hot row of zeros", lambda f: f.labels_csv("name,cat,dog\na,0,0\nb,1,0\n"), labels_of,
+     "labels.csv names no object in a"),
     # COCO
     ("val numbers categories otherwise", lambda f: f.json(numbered_otherwise, "val"),
      compare_coco_splits, "instances_train2014.json and .*instances_val2014.json disagree about "
@@ -1446,6 +1494,22 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("no segmentation", lambda f: f.json(lambda r: r["annotations"][0].pop("segmentation")),
      pixels_of, "instances_train2014.json cannot be read .there is no outline.*: correct "
      "annotation 0 of the image COCO_train2014_000000000000"),
+    ("sizes as decimals", lambda f: f.first_image(height=40.0, width="48"), pixels_of, PIXELS),
+    ("half a pixel", lambda f: f.first_image(height=40.5), coco,
+     r"height and width of the image 'COCO_train2014_000000000000.jpg': 40.5 is no whole number"),
+    ("no height", lambda f: f.first_image(height=None), coco, "height and width of the image"),
+    ("an empty segmentation, for labels", lambda f: f.first(segmentation=[]),
+     lambda f: f.open_coco().labels("COCO_train2014_000000000000"), [0, 1]),
+    ("an object of less than a pixel",
+     lambda f: f.first(segmentation=[[9.1, 9.1, 9.2, 9.1, 9.2, 9.2]]), pixels_of, (16, 0)),
+    *[(why, lambda f, outline=outline: f.first(segmentation=outline), pixels_of,
+       f"cannot be read .*{why}.*: correct annotation 0 of the image COCO_train2014_000000000000")
+      for why, outline in (
+          ("there is no outline", []), ("there is no outline", [1, 2, 3, 4, 5, 6]),
+          ("fewer than three corners", [[1, 2, 3, 4]]),
+          ("not pairs of numbers", [[1, 2, 3, 4, 5, 6, 7]]),
+          ("from 0 to 1", [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]),
+          ("outside of the image", [[50, 1, 60, 1, 60, 9]]))],
     ("an unknown category", lambda f: f.first(category_id=12), coco,
      "annotation 0 has the unknown category 12"),
     ("broken JSON", lambda f: f.instances.write_text("{"), coco,
@@ -1465,6 +1529,53 @@ def test_everyday_input(tmp_path, spoil, done, right):
             done(folder)
     else:
         assert done(folder) == right
+
+
+@pytest.mark.parametrize("split", ["trainaug", "train_aug", "mine"])
+def test_a_lists_name_does_not_say_where_masks_are(tmp_path, split):
+    """But VOC's own train and val have theirs in SegmentationClass alone."""
+    voc = make_voc(tmp_path)
+    (voc / "SegmentationClassAug").mkdir()
+    (voc / "SegmentationClass" / "a.png").rename(voc / "SegmentationClassAug" / "a.png")
+    shutil.copy(voc / "ImageSets" / "Segmentation" / "train.txt",
+                voc / "ImageSets" / "Segmentation" / f"{split}.txt")
+    dataset = data.open_data("VOC2012", tmp_path, split)
+    assert values(dataset.mask("a")) == {0, 8} and values(dataset.mask("b")) == {0, 15}
+    with refused("no ground truth a.png in .*SegmentationClass$"):
+        data.open_data("VOC2012", tmp_path, "train").mask("a")
+
+
+def test_a_variable_of_another_launcher_means_nothing(monkeypatch):
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(variable, "2")
+    assert (data.rank(), data.world(), data.share("abc")) == (0, 1, "abc")
+
+
+def test_masks_that_contradict_the_image_labels_are_mentioned(tmp_path, capsys):
+    folder = Folder(tmp_path)
+    score = lambda: evaluate.evaluate_masks(folder.open(), folder.pets / "SegmentationClass")
+    score()
+    assert "look:" not in capsys.readouterr().out
+    for path in (folder.pets / "SegmentationClass").glob("*.png"):
+        mask = data.read_mask(path)
+        data.write_mask(path, np.maximum(mask, 1) - 1)  # one value too low: cat is background
+    score()
+    assert re.search(r"look: in 4 of 4 images masks and image labels do not agree, first: the mask "
+                     r"of a shows \[\], its labels are \[1\]", capsys.readouterr().out)
+
+
+def test_output_never_stops_the_work(tmp_path, monkeypatch):
+    """A terminal or a font without the letters, a file's name without encoding, a wide picture."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    data.run(lambda: print("狗 caf\udce9"))
+    sys.stdout.flush()
+    assert raw.getvalue() == b"\\u72d7 caf\\udce9\n"
+    wide = torch.zeros(3, 2, 66_000, dtype=torch.uint8)
+    mask, opacity = np.ones((1, 1)), np.full((1, 1), 255, np.uint8)
+    for pixels, width in ((wide, 65_500), (wide[..., :9], 24 + 7)):
+        data.write_overlay(tmp_path / "o.jpg", pixels, mask, opacity, {"狗": 1})
+        assert Image.open(tmp_path / "o.jpg").width == width
 
 
 def test_coco_labels_masks_and_order(tmp_path):
@@ -1577,6 +1688,9 @@ def test_resume_refuses_changed_data_and_knows_a_folder_spelled_otherwise(tmp_pa
     monkeypatch.chdir(tmp_path)
     otherwise = ["--data", "./pets/", "--classes", "pets/../pets/classes.txt"]
     train_cls.main([*settings, *otherwise, "--resume"])
+    monkeypatch.chdir(folder.pets)
+    train_cls.main([*settings, "--data", ".", "--classes", "classes.txt", "--resume"])
+    monkeypatch.chdir(tmp_path)
     folder.xml.write_text("<a><object><name>dog</name></object></a>")
     with refused("--resume in .*cls with another images and labels"):
         train_cls.main([*settings, "--resume"])
