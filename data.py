@@ -1219,35 +1219,34 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal lacks stops no work
             stream.reconfigure(errors="backslashreplace")
-    code = 2
     try:
         return main()
-    except KeyboardInterrupt:
-        message, code = "interrupted (stages 1 to 3 go on with --resume)", 130
-    except BrokenPipeError:  # of a reader such as head, who has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message, code = "", 1
-    except (UserError, OSError) as error:
-        # that of a loader's worker comes with its traceback, which ends with it
-        text = str(error).rpartition("data.UserError: ")[2] or repr(error)
-        message = f"error: {' '.join(text.split())}"
-    except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
-        message = ("error: the loader's workers have too little shared memory: use --workers 0, "
-                   "or give a container more (docker run --shm-size 2g)")
-    except Exception:
-        if world() == 1:
-            raise
-        traceback.print_exc()
-        message, code = "", 1
-    if message:
-        print(message, file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = explain(error)
+    print(line, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if world() > 1:
         os._exit(code)
     sys.exit(code)
+
+
+def explain(error):
+    """What is printed of an exception, and the exit code."""
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted (stages 1 to 3 go on with --resume)", 130
+    if isinstance(error, BrokenPipeError):  # of a reader such as head, who has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "", 1
+    if isinstance(error, (UserError, OSError)):
+        # a loader's worker sends its traceback, which ends with the message
+        text = text.rpartition("data.UserError: ")[2] or repr(error)
+        return f"error: {' '.join(text.split())}", 2
+    if isinstance(error, RuntimeError) and "shared memory" in text:
+        return ("error: the loader's workers have too little shared memory: use --workers 0, or "
+                "give a container more (docker run --shm-size 2g)"), 2
+    return "".join(traceback.format_exception(error)).rstrip(), 1
 
 
 class Parser(argparse.ArgumentParser):

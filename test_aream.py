@@ -1902,9 +1902,11 @@ def fail(error):
 
 @pytest.mark.parametrize("fault", [KeyError("a bug"), ValueError("a bug"), AssertionError(),
                                    RuntimeError()])
-def test_faults_keep_their_traceback(fault):
-    with pytest.raises(type(fault)):
+def test_faults_keep_their_traceback(fault, capsys):
+    with pytest.raises(SystemExit) as left:
         data.run(lambda: fail(fault))
+    printed = capsys.readouterr().err
+    assert left.value.code == 1 and printed.startswith("Traceback") and "raise error" in printed
 
 
 def test_an_error_of_the_user_in_a_loaders_worker_is_one_line(tmp_path, capsys):
