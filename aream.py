@@ -1,9 +1,9 @@
-"""AReAM's mathematics: which layers over-smooth, how shallow ones guide deep ones, the loss.
+"""AReAM's mathematics: which layers over-smooth, how others guide them, the loss.
 
 Pure functions from tensors to tensors: first what makes a step's labels, then its losses.
-Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens; S^l is the affinity
-of layer l, S[m, n] how much token m draws from token n. Where no class tokens are needed, its
-patch-to-patch block (B, P, P) will do.
+Letters: B batch, L layers, C classes, P = gh * gw patches, N = C + P tokens (class tokens first).
+S^l is the affinity of layer l: S^l[m, n] is how much token m draws from token n. Functions that
+need patches alone take maps (B, N, N) or their patch-to-patch blocks (B, P, P).
 
 The maps of a class, (B, C, gh, gw):
     cam         relu of the ViT's patch map ("patch map alone" in tables)

@@ -145,7 +145,7 @@ ARCHIVES = {  # data set -> address, MD5, folder under --data-root
 def download(name, root):
     """Fetch (into <root>/download, unless it is there), check and extract a data set."""
     if name not in ARCHIVES:
-        raise UserError(f"--download: {name} is not to be had there; it goes with --data "
+        raise UserError(f"--download: {name} cannot be downloaded; it goes with --data "
                         f"{' or '.join(ARCHIVES)}")
     fetched = Path(root) / "download"
     for address, md5, folder in ARCHIVES[name]:
@@ -219,7 +219,7 @@ class VOC(ImageSet):
             self.list = shipped
         if not self.list.is_file():
             raise UserError(f"no split {split!r}: {self.list} does not exist; write image names "
-                            "there, one a line, or give another split (--split; of train_seg.py "
+                            "there, one per line, or give another split (--split; of train_seg.py "
                             "--predict-split)")
         self.ids = self.read_list()
         self.table = self.read_table() if self.table_path.is_file() else None
@@ -247,7 +247,7 @@ class VOC(ImageSet):
                 missing.append(name)
                 if re.search(r"[\s,;/\\]", name):
                     raise UserError(f"line {number} of {self.list} is {line!r}: write one image "
-                                    "name a line, without folders (the lists of one class in "
+                                    "name per line, without folders (the lists of one class in "
                                     "VOC's ImageSets/Main have two columns)")
             elif name:
                 ids.append(name)
@@ -444,9 +444,9 @@ class COCO(ImageSet):
 def draw_object(outline, H, W):
     """The pixels (H, W) bool of a COCO segmentation: a list of polygons, or run lengths (crowds).
 
-    A polygon has the pixels whose centre is inside, cut at the image's border. Pillow truncates
-    corners and fills the edge, so it is drawn four times as large, which leaves an eighth of a
-    pixel too much. Raises ValueError where it is no outline, or not of this image.
+    A polygon has the pixels whose centre is inside, cut at the image's border. Pillow rounds
+    corners and fills the edge too, so it is drawn four times as large: an error of an eighth of a
+    pixel is left. Raises ValueError where it is no outline, or not of this image.
     """
     if isinstance(outline, dict):
         return decode_rle(outline, H, W)
@@ -697,7 +697,8 @@ def decode_mask(image, num_classes):
         index, palette = np.array(image), image.getpalette("RGB")
         for value in np.unique(index).tolist():
             r, g, b = colour = tuple(palette[3 * value:3 * value + 3])
-            means = {VOC_VALUES.get(colour, 0), r if r == g == b and r <= num_classes else 0} - {0}
+            as_grey = r if r == g == b and r <= num_classes else 0
+            means = {VOC_VALUES.get(colour, 0), as_grey} - {0}  # the classes it could stand for
             if means and value not in means:
                 raise ValueError(f"value {value} has the colour {colour}, which is another "
                                  "class's: save it again in VOC's palette, or as grey values")
@@ -771,7 +772,10 @@ def seeded(seed):
 
 
 class EpochSampler(DistributedSampler):
-    """(index, seed) in an order that depends on (seed, epoch) alone: call set_epoch."""
+    """(index, seed), in an order that depends on seed and epoch alone: call set_epoch.
+
+    Of several processes each draws its share of that order.
+    """
 
     def __iter__(self):
         for index in super().__iter__():
@@ -889,7 +893,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        remedy = REMEDIES.get(error.errno, "mend that")
+        remedy = REMEDIES.get(error.errno, "remove the cause")
         raise UserError(f"{path} could not be written ({error}): what was there is unchanged; "
                         f"{remedy}, and give the same command again, a stage with --resume"
                         ) from error
@@ -997,7 +1001,7 @@ def progress(text):
 
 
 def log_line(folder, record):
-    """One training log line: printed for people, appended to <folder>/log.jsonl for programs."""
+    """One log line of a stage: printed for people, appended to <folder>/log.jsonl for programs."""
     if rank():
         return
     path = Path(folder) / "log.jsonl"
@@ -1045,7 +1049,7 @@ def write_checkpoint(path, checkpoint):
     if rank():
         return
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)  # to a file, a full disk would end in an error of zip's innards
+    torch.save(checkpoint, buffer)  # to a file, a full disk would end in an error deep inside zip
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
@@ -1080,6 +1084,7 @@ def read_checkpoint(path, stage, dataset=None):
 
 
 # Flags that may differ when a run is resumed; and those that may name a file or a folder.
+# What --branch-from names is compared by its content.
 FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "out", "data_root", "download",
                   "predict_split", "predict_only", "branch_from"}
 PATHS = {"data", "classes", "masks", "pretrained"}
@@ -1152,7 +1157,7 @@ def need_same_settings(folder, settings):
 # Several processes: torchrun --nproc_per_node=N train_cls.py ...
 # -------------------------------------------------------------------------------------------------
 def of_torchrun(variable, otherwise):
-    """A variable of torchrun's; in a process that it did not start they mean nothing."""
+    """A variable that torchrun sets; one of another launcher's is not looked at."""
     return int(os.environ[variable]) if dist.is_torchelastic_launched() else otherwise
 
 
@@ -1213,8 +1218,8 @@ def distributed(model, device):
 def run(main):
     """Call a main: an error of the user is one line and exit code 2, a fault a traceback.
 
-    Of several processes the one that fails ends at once: good-byes would wait for those that wait
-    for it.
+    Of several processes the one that fails ends at once: a proper farewell would wait for the
+    others, which wait for this one.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal lacks stops no work
@@ -1280,7 +1285,7 @@ def argument_parser(description):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="VOC2012",
         help=f"{', '.join(DATASETS)}, or a folder in VOC layout, with --classes")
-    add("--classes", metavar="FILE", help="for --data FOLDER: its class names, one a line")
+    add("--classes", metavar="FILE", help="for --data FOLDER: its class names, one per line")
     add("--data-root", default="data", metavar="DIR",
         help="holds VOCdevkit/VOC2012 or COCO2014 (default %(default)s)")
     add("--limit", type=number(int, 1), metavar="N",
@@ -1317,7 +1322,10 @@ def resuming_arguments(parser):
 
 
 def setup(args):
-    """The device, after checking that it is there; sets the seed, args.out and args.precision."""
+    """The device, after checking that it is there.
+
+    Sets args.out and args.precision, the seed and --deterministic, and joins other processes.
+    """
     args.out, device = Path(args.out or Path("runs") / Path(args.data).resolve().name), None
     try:
         device = torch.device(args.device)

@@ -5,8 +5,9 @@ Reads  ground truth and what --what names:
        layers              <out>/cls/last.pt: the seed refined by each layer, and its smoothness
        pictures            the first images of the split, from photo to prediction
        submission          <out>/pred/<split> packed for the VOC server
-Writes a record to <out>/results.json; <out>/{layers.json, layers.png, pictures.png,
-       comp6_<split>_cls.tgz}
+       with --before OUT, layers and pictures show that run's classifier beside this one
+Writes a record of what is scored to <out>/results.json; <out>/{layers.json, layers.png,
+       pictures.png, comp6_<split>_cls.tgz}
 Run    python evaluate.py --data VOC2012 --what pred
 Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
 """
@@ -70,9 +71,9 @@ def scores(confusion, unlabelled=None):
 def threshold_counts(cam, values, target, num_classes):
     """The counts from which every background threshold's confusion matrix follows.
 
-    cam (K, H, W) in [0, 1], values (K,) mask values, target (H, W). Returns (M, M, T + 1) int64,
-    T = len(THRESHOLDS): target class, winning foreground class, number of THRESHOLDS that the
-    winner's score exceeds.
+    cam (K, H, W) in [0, 1], values (K,) mask values, target (H, W), num_classes M with the
+    background. Returns (M, M, T + 1) int64, T = len(THRESHOLDS): target class, winning foreground
+    class, number of THRESHOLDS that the winner's score exceeds.
     """
     (K, _, W), bins, counts = cam.shape, len(THRESHOLDS) + 1, 0
     rows = max(1, 2**22 // W)  # so many at a time: a large photograph would take gigabytes
@@ -156,7 +157,8 @@ def contradiction(dataset, name, target):
         return None
     count = torch.bincount(target.flatten(), minlength=data.IGNORE + 1)
     shown = set(count[:data.IGNORE].nonzero()[:, 0].tolist()) - {0}
-    if shown - labels or not (shown or count[data.IGNORE]):
+    nothing = not shown and not count[data.IGNORE]  # where 255 is, an object may be under it
+    if shown - labels or nothing:
         return f"the mask of {name} shows {sorted(shown)}, its labels are {sorted(labels)}"
     return None
 
@@ -276,14 +278,14 @@ def pad_target(target, grid, size, patch):
 def measure_layers(output, labels, target, rows):
     """MEASURES of each layer, (6, L), of the first image of output (the one not mirrored).
 
-    labels (1, C); target (H, W): its mask, padded as it is; rows: "plain" or "normalised", of all
+    labels (1, C); target (H, W): its mask, of pad_target; rows: "plain" or "normalised", of all
     measures but "objects" and "background".
     """
     grid = output.cam.shape[-2:]
     blocks = torch.cat([aream.patch_block(a[:1], math.prod(grid)) for a in output.affinity])
     patch = aream.patch_label(target[None], grid)[0]  # (P,)
     of_tokens = 1 - blocks.sum(-1)  # (L, P)
-    on_objects = of_tokens[:, (patch > 0) & (patch != data.IGNORE)].mean(-1)  # nan if there is none
+    on_objects = of_tokens[:, (patch > 0) & (patch != data.IGNORE)].mean(-1)  # nan: no such
     on_background = of_tokens[:, patch == 0].mean(-1)
 
     if rows == "normalised":
@@ -295,7 +297,7 @@ def measure_layers(output, labels, target, rows):
 
 
 # -------------------------------------------------------------------------------------------------
-# One function for each --what that scores: dataset, args, device -> its record
+# One function for each --what that scores: dataset, args, device -> its record; what they print
 # -------------------------------------------------------------------------------------------------
 def print_classes(dataset, result):
     print(f"  {'class':<14} {'IoU':>6} {'prec.':>6} {'recall':>6}")
@@ -448,15 +450,15 @@ def contact_sheet(path, titles, rows, cell=150):
 
 
 def draw_pipeline(path, dataset, names, args, device):
-    """A row an image: photo, CAM, refined CAM, and what is there of later stages; ground truth."""
+    """One row per image: photo, CAM, refined CAM, pseudo-mask, prediction, ground truth.
+
+    The pseudo-mask is made here, from the last run's CAM; predictions are shown if they are there.
+    """
     runs = {"": args.out} if args.before is None else {"plain": args.before, "AReAM": args.out}
     models = {run: refine.load_classifier(out / "cls" / "last.pt", dataset, device)[0]
               for run, out in runs.items()}
-    masks = {}
-    for title, folder in (("pseudo-mask", args.out / "pseudo"),
-                          ("DeepLab", args.out / "pred" / args.split)):
-        if all((folder / f"{name}.png").is_file() for name in names):
-            masks[title] = folder
+    predicted = args.out / "pred" / args.split
+    has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
 
     rows = {}
     for name in names:
@@ -470,8 +472,10 @@ def draw_pipeline(path, dataset, names, args, device):
             if "unrefined CAM" not in row:  # that of the first run
                 row["unrefined CAM"] = heat(photo, cams["unrefined"].amax(0))
             row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
-        for title, folder in masks.items():
-            row[title] = paint(data.read_mask(folder / f"{name}.png"))
+        mask = refine.pseudo_mask(limited, class_ids, cams["refined"], **refine.mask_settings(args))
+        row["pseudo-mask"] = paint(mask.cpu())
+        if has_prediction:
+            row["DeepLab"] = paint(data.read_mask(predicted / f"{name}.png"))
         row["ground truth"] = paint(dataset.mask(name))
         rows[name] = row
     titles = list(row)
@@ -594,9 +598,11 @@ def parse_args(argv=None):
         help="how many images pictures shows (default %(default)s)")
     add("--deep-from", type=data.number(int, 1), metavar="L",
         help="for layers: first deep layer, 0-based (default: the checkpoint's)")
-    refine.refining_arguments(parser)
+    refine.refining_arguments(parser)  # for layers and pictures, which make CAMs
+    refine.mask_arguments(parser.add_argument_group("pseudo-masks of pictures").add_argument)
     args = parser.parse_args(argv)
     args.split = args.split or SPLITS.get(args.what, "train")
+    refine.mask_settings(args)  # looks at them
     return args
 
 

@@ -4,8 +4,8 @@
     load_pretrained(vit, "auto")
     vit(images, affinity=True, logits=True)
 
-Letters: B batch, L layers, A heads, C foreground classes (= class tokens), P = gh * gw patches,
-N = C + P tokens.
+Letters: B batch, L layers, A heads, D channels, d channels of a head, C foreground classes (=
+class tokens), P = gh * gw patches, N = C + P tokens.
 """
 import math
 import re
@@ -34,7 +34,7 @@ DEIT_NAMES = {"class_tokens": "cls_token", "class_pos_embed": "pos_embed",
 
 
 class ViTOutput(NamedTuple):
-    """What ViT.forward returns; a tuple has one entry a layer, or none if not captured."""
+    """What ViT.forward returns; a tuple has one entry per layer, or none if not captured."""
 
     class_logits: torch.Tensor  # (B, C) mean over channels of each output class token
     patch_logits: torch.Tensor  # (B, C) global average of the patch map
@@ -65,7 +65,7 @@ class Attention(nn.Module):
             # Only the mean over heads leaves: memory grows with L N^2, not with L A N^2.
             prob = ((q * scale) @ k.transpose(-2, -1)).softmax(-1, torch.float32)  # (B, A, N, N)
             mean_prob = prob.detach().mean(1)  # (B, N, N)
-        elif on_cpu and q.dtype == torch.bfloat16:  # of which the fused kernel is slow there
+        elif on_cpu and q.dtype == torch.bfloat16:  # the fused kernel is slow in bfloat16 there
             prob = ((q * scale) @ k.transpose(-2, -1)).softmax(-1)
         if logits:
             # The mean over heads of q_h k_h^T is one product over all channels.
@@ -187,7 +187,7 @@ class ViT(nn.Module):
 def resize_position_embedding(embedding, old, new):
     """(1, P, D) of a grid old = (gh, gw) of patches -> of a grid new, bicubically.
 
-    Bicubic interpolation is linear and separable: one matrix a side. Unlike F.interpolate's, its
+    Bicubic interpolation is linear and separable: one matrix per side. Unlike F.interpolate's, its
     gradient is deterministic on CUDA.
     """
     if tuple(old) == tuple(new):

@@ -20,7 +20,7 @@ import data
 import model as vit
 
 LOW, HIGH = 0.35, 0.55  # background scores of a pseudo-label
-DILATIONS = (1, 2, 4, 8, 12, 24)
+DILATIONS = (1, 2, 4, 8, 12, 24)  # of PAR, the pixel-adaptive refinement
 ITERATIONS = 10
 DISTANCE_WEIGHT = 0.01  # of the distances, beside the colours' 1
 KERNEL_SUM = 1 + DISTANCE_WEIGHT
@@ -55,8 +55,9 @@ def seed_cams(model, pixels, class_ids, variants, settings=Refinement(), observe
     observe: called with the ViTOutput (B = 2) of the scale nearest to 1, and the size (h, w) of
     the image in it without the padding.
 
-    Every scale is seen with its mirror image, padded to whole patches and cropped; the maps of all
-    scales are added, times scale^2 where attention has a part, as so many more patches share it.
+    Every scale is seen with its mirror image, padded to whole patches and cropped. The maps of all
+    scales are added; those that attention has a part in times scale^2, as at twice the scale four
+    times as many patches share a token's attention.
     Returns name -> (K, ceil(H / 4), ceil(W / 4)) in [0, 1], min-max normalised per class.
     """
     H, W = pixels.shape[-2:]
@@ -101,9 +102,10 @@ def seed_cams(model, pixels, class_ids, variants, settings=Refinement(), observe
 def random_walk(score, affinity, beta=1.0, steps=1):
     """Spread a score along an affinity.
 
-    One step with beta 1 is the paper's plain propagation, with the rows as they are. Anything else
-    is T^steps score, where T is affinity^beta with every row divided by its sum. score (B, K, gh,
-    gw) >= 0; affinity (B, P, P) >= 0. Returns (B, K, gh, gw) float32.
+    One step with beta 1 is the paper's plain propagation, with the rows as they are. Otherwise the
+    score is multiplied by T, steps times: T is the affinity, each entry to the power beta, with
+    every row divided by its sum. score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B,
+    K, gh, gw) float32.
     """
     if steps < 0 or beta <= 0:
         raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
@@ -120,11 +122,10 @@ def random_walk(score, affinity, beta=1.0, steps=1):
 # Pseudo-labels
 # -------------------------------------------------------------------------------------------------
 def present_classes(labels):
-    """The classes of each image, filled up to one number K for the batch.
+    """The classes of each image of a batch; K is the most that one of them has.
 
-    labels (B, C) in {0, 1}. Returns class indices (B, K), present ones first, and (B, K) in {0, 1}
-    which of them are present. K is the most classes that an image has (at least 1): what a batch
-    costs does not grow with C.
+    labels (B, C) in {0, 1}. Returns class indices (B, K), present ones first, and which of them
+    are present, (B, K) in {0, 1}; K >= 1. So a batch costs no more with 80 classes than with 20.
     """
     present, class_ids = labels.topk(max(1, int(labels.sum(1).max())), dim=1)
     return class_ids, present
@@ -196,7 +197,7 @@ def par_kernel(images, dilations=DILATIONS):
     """What a pixel takes from each of its 8 * len(dilations) neighbours, by the image alone.
 
     images (B, 3, H, W) -> (B, neighbours, H, W) float32, summing to 1.01 over the neighbours:
-    softmax of -mean over RGB of (|I_n - I| / (0.3 std_n))^2, plus 0.01 times the same softmax of
+    softmax of -mean over RGB of (|I_n - I| / (0.3 std))^2, plus 0.01 times the same softmax of
     the neighbours' distances.
     """
     images, size, n = images.float(), images.shape[-2:], 8 * len(dilations)
@@ -247,8 +248,8 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
         raise ValueError(f"images are {tuple(images.shape[-2:])} and scores "
                          f"{tuple(score.shape[-2:])} pixels: resize one")
     if iterations < 0 or min(dilations, default=0) < 1:
-        raise ValueError(f"PAR with {iterations} iterations, dilations {list(dilations)}: 0 (none) "
-                         "or more iterations, one or more dilations of at least 1")
+        raise ValueError(f"PAR with {iterations} iterations, dilations {list(dilations)}: 0 or "
+                         "more iterations, one or more dilations of at least 1")
 
     # On a CPU few images at a time stay in the cache, and absent classes need no work.
     settings = (dilations, iterations)
@@ -317,7 +318,7 @@ def refine_image(model, pixels, class_ids, args):
 
 
 @torch.no_grad()
-def believed_classes(model, pixels, size, precision):
+def predicted_classes(model, pixels, size, precision):
     """The classes seen in a photograph, likeliest first, at least one: [(index, probability)]."""
     square = data.normalise(TF.resize(pixels, [size, size], antialias=True)[None])
     with data.autocast(pixels.device, precision):
@@ -351,7 +352,7 @@ def refine_photos(args, device):
     for path, pixels in data.read_photos(args.photos):
         class_ids, said = given, ", ".join(classes[c] for c in given)
         if not given:
-            believed = believed_classes(model, pixels.to(device), config["size"], args.precision)
+            believed = predicted_classes(model, pixels.to(device), config["size"], args.precision)
             class_ids = [c for c, _ in believed]
             said = ", ".join(f"{classes[c]} (probability {p:.2f})" for c, p in believed)
         cam, mask = refine_image(model, pixels.to(device), class_ids, args)
@@ -371,8 +372,9 @@ def refining_arguments(parser):
     add("--scales", type=data.number(float, 0.01), nargs="+", default=[1.0],
         help="of the image, each with its mirror image (default 1, the release's)")
     add("--rows", choices=("plain", "normalised"), default="plain",
-        help="of each layer's affinity between patches: as they are (default, the release's), or "
-             "normalised, so that what patches draw from class tokens does not count")
+        help="of each layer's affinity between patches: as they are (default, as in the paper "
+             "and the release), or normalised, so that what patches draw from class tokens does "
+             "not count")
     add("--beta", type=data.number(float, 0.01), default=1.0,
         help="random walk: power of the affinity (default %(default)s; others, and more steps, "
              "normalise its rows)")

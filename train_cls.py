@@ -1,6 +1,7 @@
 """Stage 1: the classifier, first plain (warm-up), then with the AReAM affinity loss.
 
-Reads  images and image-level labels of --split; DeiT weights (--pretrained).
+Reads  images and image-level labels of --split, and of val for class mAP; DeiT weights
+       (--pretrained), or another run's checkpoint (--branch-from).
 Writes <out>/cls/{args.json, log.jsonl, last.pt, warmup.pt}; warmup.pt is the end of the warm-up,
        from which another run can start with --branch-from.
 Run    python train_cls.py --data VOC2012
@@ -130,8 +131,8 @@ def train_step(model, optimizer, batch, args, guidance=None):
 # -------------------------------------------------------------------------------------------------
 # One epoch
 # -------------------------------------------------------------------------------------------------
-FIRST, LAST = 0.016, 0.16  # 1e-6 and 1e-5 of 6.25e-5
-RISE = 12  # the rise takes one twelfth: 5 of 60 epochs
+FIRST, LAST = 0.016, 0.16  # the release begins at 1e-6 and ends at 1e-5, its --lr is 6.25e-5
+RISE = 12  # the linear rise takes 1 / RISE of the training: 5 of 60 epochs
 
 
 def lr_factor(progress):

@@ -1,6 +1,7 @@
 """Stage 3: a torchvision DeepLab trained on pseudo-masks, and its predictions.
 
-Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split; or, trained, any --photos.
+Reads  <out>/pseudo/<image>.png (or --masks) and the images of --split, those of --predict-split;
+       for deeplabv3_vit <out>/cls/last.pt; or, once trained, any --photos.
 Writes <out>/seg/{args.json, log.jsonl, last.pt}, <out>/pred/<split>/{args.json, <image>.png}; of
        photographs <out>/photos/<name>.png (the mask) and .overlay.jpg (the mask laid over them).
 Run    python train_seg.py --data VOC2012                   (after refine.py)
@@ -42,7 +43,7 @@ RECIPES = {  # defaults by kind of backbone; toy has its own
 class SegmentationSet(Dataset):
     """(image (3, size, size) uint8, mask (size, size) int64).
 
-    Enlarged 0.5 to 2 times, flipped, cropped; what lies beyond the image is undecided.
+    Resized 0.5 to 2 times, flipped, cropped; what lies beyond the image is undecided.
     """
 
     def __init__(self, dataset, masks, size):
@@ -286,7 +287,7 @@ def check_flags(args, masks, device):
 
 
 def check_masks(dataset, masks):
-    """UserError where a folder holds no masks to train on: none, ground truth, no class."""
+    """UserError if a folder lacks masks, holds ground truth, or its first 200 masks no class."""
     if masks.resolve() in [folder.resolve() for folder in dataset.ground_truth_folders()]:
         raise data.UserError(f"{masks} is pixel ground truth: training on it would not be weakly "
                              "supervised; give the pseudo-masks of refine.py")

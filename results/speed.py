@@ -23,7 +23,7 @@ import evaluate
 import model as vit
 import refine
 import train_cls
-import test_aream as naive  # its naive rendering: every head kept, PAR image by image
+import test_aream as naive  # its naive implementation: every head kept, PAR image by image
 
 THREADS = torch.get_num_threads()
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # bfloat16, dense, by data sheets
@@ -214,8 +214,11 @@ def speed_of_loading(dataset, used):
 def flops(model, grid):
     """Floating-point operations of an image's matrix products; grid: (gh, gw) patches."""
     P, D, C = grid[0] * grid[1], model.dim, model.num_classes
-    block = 24 * (C + P) * D**2 + 4 * (C + P)**2 * D  # qkv, projection, MLP; attention
-    return len(model.blocks) * block + 2 * P * D * (3 * model.patch**2 + 9 * C)
+    N = C + P
+    block = N * D * (3 * D + D + 8 * D)  # multiplications of qkv, projection, MLP
+    block += N * N * D * 2  # of q k^T and attention v
+    ends = P * D * (3 * model.patch**2 + 9 * C)  # of patch embedding and patch head
+    return 2 * (len(model.blocks) * block + ends)  # each with an addition
 
 
 def profile(step, device, images=1, operations=0, steps=20):
@@ -239,7 +242,7 @@ def profile(step, device, images=1, operations=0, steps=20):
     peak = next((p for key, p in PEAK_TFLOPS.items() if key in data.device_name(device)), None)
     tera = operations / seconds / 1e12
     share = f", {100 * tera / peak:.1f} % of {peak}" if peak else ""
-    print(f"{1e3 * seconds:.1f} ms, {images / seconds:.1f} images/s, peak memory {memory:.0f} MiB; "
+    print(f"{1e3 * seconds:.1f} ms, {images / seconds:.1f} images/s, peak {memory:.0f} MiB; "
           f"of the model {tera:.2f} TFLOP/s{share}")
 
     kinds = torch.profiler.ProfilerActivity

@@ -63,7 +63,7 @@ def gather(folder, path):
 
 
 def write_records(path, records):
-    """A record a line."""
+    """One record per line."""
     with data.replacing(path) as temporary:
         lines = ",\n".join(json.dumps(record) for record in records)
         temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
@@ -163,7 +163,7 @@ def rows_of(records):
 
 
 def study_tables(records):
-    """Lines: tables of each question, a line a row, mean ± standard deviation over seeds.
+    """Lines: tables of each question, one line per row, mean ± standard deviation over seeds.
 
     Then each layer's part, and the rows' differences from the row "none", ± standard error.
     """
