@@ -2188,9 +2188,9 @@ def simulated_step(move, kind="entropy", entropy="online", labels="two-views"):
     return waits
 
 
-@pytest.mark.parametrize("labels", ["two-views", "shared"])
-@pytest.mark.parametrize("entropy", ["online", "static"])
-@pytest.mark.parametrize("kind", aream.REACTIVATION)
+@pytest.mark.parametrize("kind, entropy, labels", [
+    ("none", "online", "shared"), ("uniform", "online", "shared"),
+    ("entropy", "online", "two-views"), ("entropy", "static", "shared")])
 def test_a_training_step_on_a_simulated_gpu(simulated_cuda, kind, entropy, labels):
     waits = simulated_step(simulated_cuda, kind, entropy, labels)
     assert waits.count <= 1  # for the number of classes of the labels
