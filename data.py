@@ -46,6 +46,7 @@ VOC_CLASSES = (
     "tvmonitor")
 TOY_CLASSES = ("bars", "columns", "diagonals", "checks", "dots", "rings")
 TOY_SIZES = {"train": 1200, "val": 150}
+YES, NO = ("1", "1.0", "true"), ("0", "0.0", "false")  # in a one-hot table
 RESERVED = {"background", "ignore", "void", "unlabeled", "unlabelled"}  # listed by some tools
 
 
@@ -282,23 +283,26 @@ class VOC(ImageSet):
             name = self.without_extension(first)
             if not first and not named:
                 continue
-            if number == 1 and name not in self.files:  # a header, or a mistake
-                if named and set(named) <= set(self.classes):
+            if number == 1 and name not in self.files and named:  # a header, or a mistake
+                known = set(named) & set(self.classes)
+                if known == set(named):
                     columns = cells
-                    continue
-                if first.lower() in ("name", "image", "file", "filename", "id") and named:
+                if not known or columns:
                     continue
             if not named:
                 raise UserError(f"{where} is {first!r}: write an image's name and its classes, "
                                 "with commas between them")
             if name not in self.files:
+                header = "" if number > 1 else "; if it is a header, its cells must be classes"
                 raise UserError(f"{where} names the image {name!r}, which is not in "
-                                f"{self.root / 'JPEGImages'}")
-            if columns is not None:
-                if wrong := [cell for cell in cells if not re.fullmatch(r"([01](\.0)?)?", cell)]:
+                                f"{self.root / 'JPEGImages'}{header}")
+            if columns:
+                if len(cells) != len(columns):
+                    raise UserError(f"{where} has {len(cells)} values, line 1 {len(columns)}")
+                if wrong := [cell for cell in cells if cell.lower() not in ("", *YES, *NO)]:
                     raise UserError(f"{where} has the value {wrong[0]!r}: below class names it "
                                     "must be 0 or 1")
-                named = [c for c, cell in zip(columns, cells) if cell.startswith("1") and c]
+                named = [c for c, cell in zip(columns, cells) if c and cell.lower() in YES]
             table.setdefault(name, []).extend(named)
         return table
 
