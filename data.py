@@ -21,7 +21,7 @@ import traceback
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,7 +47,7 @@ VOC_CLASSES = (
 TOY_CLASSES = ("bars", "columns", "diagonals", "checks", "dots", "rings")
 TOY_SIZES = {"train": 1200, "val": 150}
 YES, NO = ("1", "1.0", "true"), ("0", "0.0", "false")  # in a one-hot table
-RESERVED = {"background", "ignore", "void", "unlabeled", "unlabelled"}  # listed by some tools
+RESERVED = {"background", "bg", "ignore", "void", "unlabeled", "unlabelled"}  # listed by some tools
 
 
 class UserError(Exception):
@@ -80,7 +80,8 @@ def open_data(name, root, split, limit=None, classes=None):
     elif name == "toy":
         dataset = Toy(split)
     else:
-        names = tuple(line.strip() for line in read_text(classes).splitlines() if line.strip())
+        text = read_text(classes, "give a text file in UTF-8 with one class name per line")
+        names = tuple(line.strip() for line in text.splitlines() if line.strip())
         dataset = VOC(name, split, Path(name).resolve().name, names, classes)
     check_classes(dataset.classes, dataset.source)
     if not dataset.ids:
@@ -111,7 +112,8 @@ def check_classes(names, source):
                         "8-bit mask")
     if twice := repeated(names):
         raise UserError(f"{source} names the class {twice!r} more than once")
-    if reserved := [name for name in names if name.strip("_ ").lower() in RESERVED]:
+    if reserved := [name for name in names
+                    if name.strip("_ ").lower() in RESERVED or name.startswith("#")]:
         raise UserError(f"{source} lists {reserved[0]!r}, which is no class: value k of a mask is "
                         f"class k of the list, 0 is background and {IGNORE} ignored; take that "
                         "line out")
@@ -254,9 +256,11 @@ class VOC(ImageSet):
                 ids.append(name)
         images = self.root / "JPEGImages"
         if missing:
+            other = [f for f in os.listdir(images) if nfc(Path(f).stem) == missing[0]]
+            found = f" (Pillow does not read {other[0]}: convert it)" if other else ""
             raise UserError(f"{self.list} names {len(missing)} images that are not in {images}, "
-                            f"first {missing[0]!r}; complete the download, or put a shorter list "
-                            f"in {self.root / 'ImageSets'}")
+                            f"first {missing[0]!r}{found}; add them, or put a shorter list in "
+                            f"{self.root / 'ImageSets'}")
         if twice := [files for files in map(self.files.get, ids) if len(files) > 1]:
             raise UserError(f"{images} holds {' and '.join(twice[0])}, two images of one name: "
                             "rename or remove one")
@@ -273,29 +277,35 @@ class VOC(ImageSet):
     def read_table(self):
         """labels.csv -> {image: class names}.
 
-        A line is an image's name and its classes. Where the cells of the first line are class
-        names, it is a one-hot table: a line is an image's name and 0 or 1 for each of them.
+        A line is an image's name and its classes. Below a header of class names it may be a
+        one-hot table: an image's name, and 0 or 1 for each of them.
         """
-        table, columns = {}, None
-        for number, row in enumerate(csv.reader(io.StringIO(read_text(self.table_path))), 1):
-            first, *cells = [cell.strip() for cell in row] or [""]
-            where, named = f"line {number} of {self.table_path}", [cell for cell in cells if cell]
+        path, table, columns = self.table_path, {}, None
+        with reading(path, "look for a quote that is not closed"):
+            lines = list(csv.reader(io.StringIO(read_text(path)), strict=True))
+        rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(lines, 1)]
+        rows = [(number, row) for number, row in rows if any(row)]
+        if rows and self.without_extension(rows[0][1][0]) not in self.files:
+            header, second = rows[0][1][1:], rows[1][1][1:] if len(rows) > 1 else []
+            if self.is_one_hot(header, second):
+                columns = header
+                if wrong := repeated(filter(None, header)) or next(
+                        (c for c in header if c and c not in self.classes), None):
+                    raise UserError(f"{path} has the column {wrong!r}, which is no class of "
+                                    f"{self.source}, or is there twice")
+            if columns or any(header) and not set(header) & set(self.classes):
+                rows = rows[1:]
+
+        for number, (first, *cells) in rows:
+            where, named = f"line {number} of {path}", [cell for cell in cells if cell]
             name = self.without_extension(first)
-            if not first and not named:
-                continue
-            if number == 1 and name not in self.files and named:  # a header, or a mistake
-                known = set(named) & set(self.classes)
-                if known == set(named):
-                    columns = cells
-                if not known or columns:
-                    continue
             if not named:
                 raise UserError(f"{where} is {first!r}: write an image's name and its classes, "
                                 "with commas between them")
             if name not in self.files:
-                header = "" if number > 1 else "; if it is a header, its cells must be classes"
+                hint = "" if number > 1 else " (as a header it would have class names alone, or none)"
                 raise UserError(f"{where} names the image {name!r}, which is not in "
-                                f"{self.root / 'JPEGImages'}{header}")
+                                f"{self.root / 'JPEGImages'}{hint}")
             if columns:
                 if len(cells) != len(columns):
                     raise UserError(f"{where} has {len(cells)} values, line 1 {len(columns)}")
@@ -306,12 +316,20 @@ class VOC(ImageSet):
             table.setdefault(name, []).extend(named)
         return table
 
+    def is_one_hot(self, header, second):
+        """Whether two lines of labels.csv are a header and 0 or 1 below it."""
+        flags = bool(second) and all(cell.lower() in ("", *YES, *NO) for cell in second)
+        classes = {"", *self.classes}  # which may be called 0 and 1
+        if set(header) <= classes:
+            return flags or not set(second) <= classes
+        return flags and not set(second) <= classes
+
     def read_labels(self, name):
         """Every object of the XML, difficult ones included, or the line of labels.csv."""
         if self.table is not None:
             path, names = self.table_path, self.table.get(name, [])
         else:
-            path = self.root / "Annotations" / f"{name}.xml"
+            path = on_disk(self.root / "Annotations" / f"{name}.xml")
             with reading(path, "image labels come from VOC's Annotations, or from labels.csv "
                                "(see README)"):
                 objects = ElementTree.parse(path).getroot().findall("{*}object")
@@ -330,8 +348,9 @@ class VOC(ImageSet):
         if self.name == "VOC2012" and self.split in ("train", "val"):
             folders = folders[:1]
         for folder in folders:
-            if (folder / f"{name}.png").is_file():
-                return folder / f"{name}.png"
+            path = on_disk(folder / f"{name}.png")
+            if path.is_file():
+                return path
         raise UserError(f"no ground truth {name}.png in {' or '.join(map(str, folders))}")
 
     def mask(self, name):
@@ -356,8 +375,10 @@ class COCO(ImageSet):
         if not self.folder.is_dir():
             raise UserError(f"no folder {self.folder}: add --download, or extract "
                             f"{split}2014.zip there (see README)")
-        remedy = ("it must be an instances file of COCO: add --download, or extract "
-                  "annotations_trainval2014.zip")
+        if not self.source.is_file():
+            raise UserError(f"no file {self.source}: add --download, or extract "
+                            "annotations_trainval2014.zip")
+        remedy = "it must be laid out as COCO's instances files"
         record = read_json(self.source, remedy)
         with reading(self.source, remedy):
             self.collect(record)
@@ -375,13 +396,15 @@ class COCO(ImageSet):
         categories = sorted((c["id"], nfc(c["name"])) for c in record["categories"])
         self.classes = tuple(name for _, name in categories)
         index = {identity: i for i, (identity, _) in enumerate(categories)}
+        if len(index) < len(categories):
+            raise ValueError("two categories have one id")
 
         images = {}  # id -> file, (H, W)
         for image in record["images"]:
             file = image["file_name"]
             try:
-                size = whole(image["height"]), whole(image["width"])
-            except (TypeError, ValueError) as error:
+                size = whole(image.get("height")), whole(image.get("width"))
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"height and width of the image {file!r}: {error}") from error
             if Path(file).is_absolute() or ".." in Path(file).parts:
                 raise ValueError(f"it names the file {file!r}, which is not below {self.folder}")
@@ -414,11 +437,7 @@ class COCO(ImageSet):
                   "no object and are left out")
 
     def image_path(self, name):
-        """The file, however its name is composed on the disk."""
-        file = self.files[name][0]
-        forms = [file, nfc(file), unicodedata.normalize("NFD", file)]
-        paths = [self.folder / form for form in forms]
-        return next((path for path in paths if path.is_file()), paths[0])
+        return on_disk(self.folder / self.files[name][0])
 
     def image(self, name):
         image, (H, W) = super().image(name), self.files[name][1]
@@ -599,6 +618,12 @@ def nfc(text):
     return unicodedata.normalize("NFC", text)
 
 
+def on_disk(path):
+    """A path, its name in the spelling of the file that is there."""
+    forms = [path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD")]
+    return next((form for form in (path, *forms) if form.is_file()), path)
+
+
 def is_image(extension):
     """Whether Pillow reads files of such a name (".jpg")."""
     return extension.lower() in Image.registered_extensions()
@@ -650,6 +675,8 @@ def read_image(path):
             image = ImageOps.exif_transpose(image)
         except Exception:  # broken metadata; the image itself is fine
             pass
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
@@ -796,8 +823,7 @@ def train_loader(samples, batch, seed, workers, device):
     it from drawing on the global one, on which drop-path and dropout depend.
     """
     if batch > len(samples):
-        raise UserError(f"--batch {batch} with {len(samples)} images: give a --batch of 1 to "
-                        f"{len(samples)}")
+        raise UserError(f"--batch {batch} with {len(samples)} images: give a smaller one")
     if batch % world():
         raise UserError(f"--batch {batch} is shared by {world()} processes: it must be a multiple "
                         f"of {world()}")
@@ -874,14 +900,16 @@ def read_photos(paths):
     if left_out:
         print("not read:", ", ".join(f"{count} {why}" for why, count in left_out.items()))
     if errors:
-        raise UserError(f"{len(errors)} left out: {errors[0]}")
+        raise UserError(f"{len(errors)} left out: {'; '.join(errors)}")
 
 
 # -------------------------------------------------------------------------------------------------
 # The files of a run: one writer, one reader each
 # -------------------------------------------------------------------------------------------------
 REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "make room",
-            errno.EACCES: "allow writing there", errno.EROFS: "allow writing there"}
+            errno.EACCES: "allow writing there", errno.EROFS: "allow writing there",
+            errno.ENOTDIR: "a file is where a folder should be, use another --out",
+            errno.EEXIST: "a file is where a folder should be, use another --out"}
 
 
 @contextmanager
@@ -902,7 +930,8 @@ def replacing(path):
                         f"{remedy}, and give the same command again, a stage with --resume"
                         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong was said already
+            temporary.unlink()
 
 
 def write_picture(path, image):
@@ -1135,7 +1164,8 @@ def prepare_folder(folder, args, settings):
             for temporary in folder.glob(".*.tmp"):  # what replacing() left when it was killed
                 temporary.unlink(missing_ok=True)
         elif used and args.overwrite:
-            shutil.rmtree(folder)
+            with given("--overwrite", f"look at {folder}"):
+                shutil.rmtree(folder)
         elif used:
             raise UserError(f"{folder} is in use: go on with --resume, replace it with "
                             "--overwrite, or choose another --out")
@@ -1162,7 +1192,8 @@ def need_same_settings(folder, settings):
 # -------------------------------------------------------------------------------------------------
 def of_torchrun(variable, otherwise):
     """A variable that torchrun sets; one of another launcher's is not looked at."""
-    return int(os.environ[variable]) if dist.is_torchelastic_launched() else otherwise
+    launched = dist.is_torchelastic_launched() and variable in os.environ
+    return int(os.environ[variable]) if launched else otherwise
 
 
 def rank():

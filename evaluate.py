@@ -145,8 +145,8 @@ def need_classes(counts, dataset):
     """An error where no pixel of the ground truth has a class; counts (M,) of pixels."""
     if not counts[1:].any():
         raise data.UserError(f"the ground truth of these {len(dataset.ids)} images has no pixel "
-                             f"of any class: {data.IGNORE} means ignored, write class k as k, not "
-                             f"as {data.IGNORE}")
+                             f"of any class: write class k as k (0 is background, {data.IGNORE} "
+                             "ignored)")
 
 
 def contradiction(dataset, name, target):
@@ -340,11 +340,14 @@ def need_outputs(args, dataset, folder, suffix):
         path, remedy = folder / "args.json", f"make them with refine.py --split {args.split}"
     else:
         path = args.out / "seg" / "args.json"
-        remedy = f"make them with train_seg.py --predict-only --predict-split {args.split}"
+        remedy = f"make them with train_seg.py --predict-only --resume --predict-split {args.split}"
     before = data.read_json(path, "delete it") if path.is_file() else {}
     if "refine.py" in remedy and before:
         limit = f" --limit {before['limit']}" if before["limit"] else ""
         remedy += f" --resume; what is there was made with --split {before['split']}{limit}"
+    if before and Path(before["data"]).name != dataset.name:
+        raise data.UserError(f"{folder} is of {before['data']}, not of {dataset.name}: give the "
+                             "--out of such a run")
     data.need_files(folder, dataset.ids, suffix, remedy)
     if classes := before.get("class_names"):
         data.need_same_classes(classes, path, dataset.classes, dataset.source)

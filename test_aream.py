@@ -503,7 +503,7 @@ def test_scores_of_pseudo_masks_by_hand(tmp_path):
     every = evaluate.scores(confusion, unlabelled)["miou"]  # an undecided pixel is missed
     assert every == pytest.approx((1 / 3 + 1 / 2) / 2)
     Dataset.mask = lambda self, name: np.array([[0, 0, 255, 255, 255]])  # 0 and 255 for an object
-    with refused("no pixel of any class: 255 means ignored, write class k as k"):
+    with refused("no pixel of any class: write class k as k"):
         evaluate.evaluate_masks(Dataset(), tmp_path, pseudo=True)
 
 
@@ -1356,6 +1356,12 @@ def in_a_subfolder(f):
     f.first_image(file_name="sub/0001.png")
 
 
+def as_a_mac_does(f):
+    f.list.write_text("Köter\n", encoding="utf-8")
+    for path in (f.image, f.xml, f.mask):
+        path.rename(path.with_name(MAC + path.suffix))
+
+
 def numbered_otherwise(record):
     record["categories"] = [dict(id=5, name="toothbrush"), dict(id=6, name="person")]
     for annotation in record["annotations"]:
@@ -1435,7 +1441,13 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("a list that leaves the folder", lambda f: f.list.write_text("../../secret\n"), opened,
      "line 1 of .*train.txt is '../../secret': write one image name per line, without folders"),
     ("an image that is not there", lambda f: f.list.write_text("a\nzebra\n"), opened,
-     "names 1 images .*'zebra'; complete the download"),
+     "names 1 images .*'zebra'; add them, or put a shorter list"),
+    ("an image that Pillow does not read", lambda f: f.image.rename(f.image.with_suffix(".heic")),
+     opened, "first 'a' .Pillow does not read a.heic: convert it"),
+    ("a comment in the class list", lambda f: f.classes.write_text("# mine\ncat\n"), opened,
+     "classes.txt lists '# mine', which is no class"),
+    ("XML and masks as a Mac spells them", as_a_mac_does,
+     lambda f: [f.open().labels("Köter"), sorted(values(f.open().mask("Köter")))], [[0], [0, 1]]),
     ("an image twice", lambda f: f.list.write_text("a\na\n"), opened, "lists 'a' more than once"),
     ("an empty list", lambda f: f.list.write_text("\n"), opened,
      "the split 'train' of .* is empty"),
@@ -1475,7 +1487,16 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("a column too few", lambda f: f.labels_csv("name,cat,dog\na,1\n"), opened,
      "line 2 of .*labels.csv has 1 values, line 1 2"),
     ("a one-hot table with another column", lambda f: f.labels_csv("name,fold,cat\na,3,1\n"), opened,
-     "line 1 of .*labels.csv names the image 'name'.*; if it is a header, its cells must be class"),
+     "line 1 of .*labels.csv names the image 'name'.*as a header it would have class names alone"),
+    ("a one-hot table with an unknown class",
+     lambda f: f.labels_csv("\nname,cat,Dog\na,1,0\n"), opened,
+     "labels.csv has the column 'Dog', which is no class of .*classes.txt"),
+    ("a one-hot table with a column twice", lambda f: f.labels_csv("name,cat,cat\na,1,0\n"),
+     opened, "labels.csv has the column 'cat', .* or is there twice"),
+    ("a first image that is not there", lambda f: f.labels_csv("zebra,cat\na,cat\n"), opened,
+     "line 1 of .*labels.csv names the image 'zebra', which is not in"),
+    ("an open quote", lambda f: f.labels_csv('a,"cat\nb,dog\n'), opened,
+     "labels.csv cannot be read .*: look for a quote that is not closed"),
     ("a one-hot row of zeros", lambda f: f.labels_csv("name,cat,dog\na,0,0\nb,1,0\n"), labels_of,
      "labels.csv names no object in a"),
     # COCO
@@ -1521,7 +1542,9 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("broken JSON", lambda f: f.instances.write_text("{"), coco,
      "instances_train2014.json cannot be read"),
     ("another JSON", lambda f: f.instances.write_text("{}"), coco,
-     "KeyError.*instances file of COCO"),
+     "KeyError.*laid out as COCO's instances files"),
+    ("two categories of one id", lambda f: f.json(lambda r: r["categories"][0].update(id=1)), coco,
+     "two categories have one id"),
 ]
 
 
