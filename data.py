@@ -2,7 +2,15 @@
 
 Image labels come from annotation lists (XML, CSV, JSON), never from masks; masks are ground truth,
 for evaluate.py alone. What a user can put right ends in a UserError: one line that names the file
-or the flag, the reason and the remedy.
+or the flag, the reason and the remedy. In order:
+
+    opening a data set     open_data, open_split; what goes with it: classes, splits, download
+    the data sets          ImageSet (what each must give), VOC, COCO, Toy
+    reading one file       text, JSON, photographs, masks
+    loading                normalise, scales and mirror images, the training loader, photographs
+    the files of a run     masks, CAMs, records, logs, checkpoints; what --resume compares
+    several processes      rank, world, share, sum_over_all
+    the command line       run (errors), shared flags, setup (device, precision, seed)
 """
 import argparse
 import atexit

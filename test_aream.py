@@ -1,8 +1,15 @@
 """Sanity checks on small synthetic inputs, no GPU needed:  make test
 
-In order: the paper's formulas by hand; the ViT; refinement and scores; the naive implementation;
-whole stages; everyday input; downloads; broken files; resuming and processes; a simulated GPU, and
-a real one where there is one; real data (AREAM_DATA=<folder that holds VOCdevkit and COCO2014>).
+    the paper's formulas   each against a loop, or by hand
+    the ViT                against torchvision's; position embeddings, DeiT files
+    refine.py, evaluate.py PAR, random walk, seeds, scores, thresholds
+    the naive step         a whole training step written plainly, with its gradients
+    whole stages           by their command lines, on toy, small VOC and COCO, photographs
+    everyday input         a table: what is spoiled, what is done, the value or the message
+    downloads, broken files, messages
+    resuming, processes    the same bits after --resume, killed stages, torchrun
+    GPU                    a simulated one that counts waits, and a real one where there is one
+    real data              where AREAM_DATA=<folder that holds VOCdevkit and COCO2014>
 """
 import argparse
 import errno
@@ -140,31 +147,6 @@ def test_affinity_loss_against_a_loop():
     assert aream.affinity_loss(prob, torch.full_like(label, 255)).item() == 0
 
 
-# -------------------------------------------------------------------------------------------------
-# The ViT, PAR, and the smallest pipeline
-# -------------------------------------------------------------------------------------------------
-def test_block_stack_equals_torchvision():
-    ours = vit.build("toy", 4).double().eval()
-    theirs = torchvision.models.VisionTransformer(64, 8, 6, 3, 96, 384).double().eval()
-    images = torch.randn(2, 3, 64, 64).double()
-    patches = ours.patch_embed(images).flatten(2).transpose(1, 2) + ours.patch_pos_embed
-    x = torch.cat([(ours.class_tokens + ours.class_pos_embed).expand(2, -1, -1), patches], 1)
-    names = {"norm": "ln_", "attn.qkv.": "self_attention.in_proj_", "fc1": "0", "fc2": "3",
-             "attn.proj": "self_attention.out_proj"}
-    for block, layer in zip(ours.blocks, theirs.encoder.layers):
-        state = block.state_dict()
-        for here, there in names.items():
-            state = {key.replace(here, there): value for key, value in state.items()}
-        layer.load_state_dict(state)
-        x = layer(x)
-    got, grid, _, _ = ours.tokens(images)
-    assert grid == (8, 8)
-    assert_close(got, x, atol=1e-10, rtol=1e-9)
-
-
-# -------------------------------------------------------------------------------------------------
-# More of aream.py and model.py
-# -------------------------------------------------------------------------------------------------
 def test_layer_entropy_at_its_ends():
     uniform, labels = torch.full((1, 4, 4), 0.25), torch.ones(1, 1)
     peaked = torch.zeros(1, 1, 2, 2)
@@ -220,6 +202,28 @@ def test_learning_rate_against_the_release():
         if epoch < 5:
             expected = start + epoch * (top - start) / 5
         assert top * train_cls.lr_factor(epoch / 60) == pytest.approx(expected, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# The ViT
+# -------------------------------------------------------------------------------------------------
+def test_block_stack_equals_torchvision():
+    ours = vit.build("toy", 4).double().eval()
+    theirs = torchvision.models.VisionTransformer(64, 8, 6, 3, 96, 384).double().eval()
+    images = torch.randn(2, 3, 64, 64).double()
+    patches = ours.patch_embed(images).flatten(2).transpose(1, 2) + ours.patch_pos_embed
+    x = torch.cat([(ours.class_tokens + ours.class_pos_embed).expand(2, -1, -1), patches], 1)
+    names = {"norm": "ln_", "attn.qkv.": "self_attention.in_proj_", "fc1": "0", "fc2": "3",
+             "attn.proj": "self_attention.out_proj"}
+    for block, layer in zip(ours.blocks, theirs.encoder.layers):
+        state = block.state_dict()
+        for here, there in names.items():
+            state = {key.replace(here, there): value for key, value in state.items()}
+        layer.load_state_dict(state)
+        x = layer(x)
+    got, grid, _, _ = ours.tokens(images)
+    assert grid == (8, 8)
+    assert_close(got, x, atol=1e-10, rtol=1e-9)
 
 
 def test_position_embeddings_are_resized_as_torch_does():
@@ -315,7 +319,7 @@ def test_bad_model_arguments():
 
 
 # -------------------------------------------------------------------------------------------------
-# More of refine.py, and evaluate.py
+# refine.py, evaluate.py
 # -------------------------------------------------------------------------------------------------
 def test_par_invariants():
     images = torch.rand(2, 3, 20, 30)
@@ -516,8 +520,8 @@ def test_rank_correlation_of_entropy_and_miou(miou, correlation):
 
 
 # -------------------------------------------------------------------------------------------------
-# The naive implementation, an oracle, and what the speed table compares with: every head kept, a
-# second pass for the labels, PAR image by image and threshold by threshold
+# The naive step, an oracle, and what the speed table compares with: every head kept, a second pass
+# for the labels, PAR image by image and threshold by threshold
 # -------------------------------------------------------------------------------------------------
 def naive_forward(model, images):
     """-> class and patch logits, patch map, all heads' logits and attention, (L, B, A, N, N)."""
@@ -1800,7 +1804,7 @@ def test_a_download_that_fails(served, tmp_path, changed, message):
 
 
 # -------------------------------------------------------------------------------------------------
-# Broken and hostile files, messages
+# Broken files, messages
 # -------------------------------------------------------------------------------------------------
 def test_masks_round_trip(tmp_path):
     mask = np.random.default_rng(0).integers(0, 255, (7, 9), dtype=np.uint8)
@@ -1964,7 +1968,7 @@ def test_non_finite_loss_stops(own, tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------
-# Resuming, full disks, several processes
+# Resuming, processes
 # -------------------------------------------------------------------------------------------------
 def stop_after_the_warm_up(out):
     shutil.copy(out / "cls" / "warmup.pt", out / "cls" / "last.pt")
@@ -2261,7 +2265,7 @@ def test_the_simulated_gpu_notices_a_list_as_index(simulated_cuda, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------
-# A real card
+# A real GPU
 # -------------------------------------------------------------------------------------------------
 @cuda
 @pytest.mark.parametrize("labels", ["two-views", "shared"])
@@ -2286,7 +2290,7 @@ def test_a_card_gives_the_same_bits_again(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Real files, where AREAM_DATA says they are
+# Real data, where AREAM_DATA says it is
 # -------------------------------------------------------------------------------------------------
 def open_real(name, split, limit):
     if name == "COCO2014" and not (Path(REAL) / name).is_dir():
