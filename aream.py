@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-IGNORE = 255  # undecided, in masks and pair labels
+IGNORE = 255  # undecided, in masks and pair labels; data.py has it, too, to import nothing here
 TIE = 0.01  # bits: where all layers lie within, none is told from another
 
 
@@ -170,6 +170,8 @@ def pair_weights(label, pairs=None):
 
 def affinity_loss(prob, label):
     """Same-class pairs towards 1, different pairs towards 0, each side with half the weight.
+
+    The formula of one layer; a training step takes aream_loss, which shares pair_weights.
 
     prob (B, P, P) in [0, 1]; label (B, P, P) in {0, 1, 255}. Returns (): with n1, n0 the pairs of
     the batch, 0.5 * sum_{label=1} (1 - prob) / (n1 + 1) + 0.5 * sum_{label=0} prob / (n0 + 1).

@@ -1,8 +1,9 @@
 """Data sets, the files of a run, and what the stages share: processes, flags, errors.
 
-Image labels come from annotation lists (XML, CSV, JSON), never from masks; masks are ground truth,
-for evaluate.py alone. What a user can put right ends in a UserError: one line that names the file
-or the flag, the reason and the remedy. In order:
+Image labels come from annotation lists (XML, CSV, JSON), never from masks. Masks that a data set
+brings are ground truth, for evaluate.py alone; pseudo-masks are read here, too. What a user can
+put right ends in a UserError: one line that names the file or the flag, the reason and the remedy.
+In order:
 
     opening a data set     open_data, open_split; what goes with it: classes, splits, download
     the data sets          ImageSet (what each must give), VOC, COCO, Toy
@@ -311,9 +312,9 @@ class VOC(ImageSet):
                 raise UserError(f"{where} is {first!r}: write an image's name and its classes, "
                                 "with commas between them")
             if name not in self.files:
-                hint = "" if number > 1 else " (as a header it would have class names alone, or none)"
+                hint = " (as a header it would have class names alone, or none)"
                 raise UserError(f"{where} names the image {name!r}, which is not in "
-                                f"{self.root / 'JPEGImages'}{hint}")
+                                f"{self.root / 'JPEGImages'}{hint * (number == 1)}")
             if columns:
                 if len(cells) != len(columns):
                     raise UserError(f"{where} has {len(cells)} values, line 1 {len(columns)}")

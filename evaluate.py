@@ -3,13 +3,13 @@
 Reads  ground truth and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
        layers              <out>/cls/last.pt: the seed refined by each layer, and its smoothness
-       pictures            the first images of the split, from photo to prediction
-       submission          <out>/pred/<split> packed for the VOC server
+       pictures            <out>/cls/last.pt (CAMs and pseudo-masks are made anew), <out>/pred
+       submission          <out>/pred/<split>, packed for the VOC server; no ground truth
        with --before OUT, layers and pictures show that run's classifier beside this one
 Writes a record of what is scored to <out>/results.json; <out>/{layers.json, layers.png,
        pictures.png, comp6_<split>_cls.tgz}
 Run    python evaluate.py --data VOC2012 --what pred
-Expect on one CPU core, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
+Expect on one core of an AMD EPYC, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
 """
 import math
 import tarfile

@@ -1,5 +1,8 @@
 """A plain Vision Transformer with one class token per class and captured attention.
 
+ViT.forward serves stages 1 and 2, ViT.tokens is the backbone of stage 3. Without pretrained
+weights W_q = W_k in every block (reset_parameters).
+
     vit = build("deit_small", num_classes=20)
     load_pretrained(vit, "auto")
     vit(images, affinity=True, logits=True)

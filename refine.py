@@ -4,7 +4,8 @@ Reads  <out>/cls/last.pt and the images of a split, with their image labels; or 
 Writes <out>/cam/<image>.npz (the refined seed) and <out>/pseudo/<image>.png (0 background, 1..C,
        255 undecided); of photographs <out>/photos/<name>.cam.png (the mask) and .cam.jpg (the CAM)
 Run    python refine.py --data VOC2012                      (after train_cls.py)
-Expect on one CPU core, DeiT-Tiny, VOC at 320 px, bfloat16: 10.8 images/s.
+Serves pseudo_label and PAR make stage 1's pair labels, too; seed_cams the CAMs of evaluate.py.
+Expect on one core of an AMD EPYC, DeiT-Tiny, VOC at 320 px, bfloat16: 10.8 images/s.
 """
 import math
 import time

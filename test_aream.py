@@ -10,6 +10,8 @@
     resuming, processes    the same bits after --resume, killed stages, torchrun
     GPU                    a simulated one that counts waits, and a real one where there is one
     real data              where AREAM_DATA=<folder that holds VOCdevkit and COCO2014>
+
+Tests of stages share a finished run (finished) or spoil a copy of it (own). SLOW=1 adds the slow.
 """
 import argparse
 import errno
@@ -866,7 +868,7 @@ def test_layers_are_measured_with_the_rows_that_refine(rows):
 
 @pytest.mark.parametrize("flags, columns", [("--split train --images 2", 5), ("", 7)])
 def test_pictures(own, flags, columns):
-    """Photo, unrefined, refined (with --before twice), pseudo-mask, DeepLab of val, ground truth."""
+    """Photo, unrefined, refined (with --before: twice), pseudo-mask, DeepLab (of val), truth."""
     before = [] if flags else ["--before", own.plain]
     own.evaluate("pictures", flags, *before)
     assert Image.open(own.out / "pictures.png").width == columns * 132
@@ -1481,7 +1483,8 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "labels.csv names the class 'cow' in a"),
     ("a header of other words", lambda f: f.labels_csv("image_id,labels\na,cat\nb,dog\n"),
      lambda f: [f.open().labels(n) for n in "ab"], [[0], [1]]),
-    ("a one-hot table", lambda f: f.labels_csv("path,cat,dog,axolotl,\na.jpg,1,0,True,\nb,0,1.0,0,"),
+    ("a one-hot table",
+     lambda f: f.labels_csv("path,cat,dog,axolotl,\na.jpg,1,0,True,\nb,0,1.0,0,"),
      lambda f: [f.open().labels(n) for n in "ab"], [[0, 2], [1]]),
     ("a one-hot table of classes 0 and 1",
      lambda f: (f.classes.write_text("0\n1\n"), f.labels_csv("id,0,1\na,1,0\nb,0,1\n")),
@@ -1490,7 +1493,8 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "line 2 of .*labels.csv has the value '2': below class names it must be 0 or 1"),
     ("a column too few", lambda f: f.labels_csv("name,cat,dog\na,1\n"), opened,
      "line 2 of .*labels.csv has 1 values, line 1 2"),
-    ("a one-hot table with another column", lambda f: f.labels_csv("name,fold,cat\na,3,1\n"), opened,
+    ("a one-hot table with another column", lambda f: f.labels_csv("name,fold,cat\na,3,1\n"),
+     opened,
      "line 1 of .*labels.csv names the image 'name'.*as a header it would have class names alone"),
     ("a one-hot table with an unknown class",
      lambda f: f.labels_csv("\nname,cat,Dog\na,1,0\n"), opened,

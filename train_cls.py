@@ -1,11 +1,12 @@
-"""Stage 1: the classifier, first plain (warm-up), then with the AReAM affinity loss.
+"""Stage 1: the classifier, first without (--warmup-epochs), then with the AReAM affinity loss.
 
 Reads  images and image-level labels of --split, and of val for class mAP; DeiT weights
        (--pretrained), or another run's checkpoint (--branch-from).
 Writes <out>/cls/{args.json, log.jsonl, last.pt, warmup.pt}; warmup.pt is the end of the warm-up,
        from which another run can start with --branch-from.
 Run    python train_cls.py --data VOC2012
-Expect on one CPU core, DeiT-Tiny, 224 px, bfloat16: 22 images/s plain, 12 with the AReAM loss.
+Expect on one core of an AMD EPYC, DeiT-Tiny, 224 px, bfloat16: 22 images/s plain, 12 with the
+       AReAM loss.
 """
 import math
 import time
@@ -21,7 +22,7 @@ import data
 import model as vit
 from refine import mask_arguments, mask_settings, present_classes, pseudo_label
 
-RECIPES = {  # defaults by data set; VOC2012's serve all others
+RECIPES = {  # defaults by data set, VOC2012's for all others; what depends on them: parse_args
     "VOC2012": dict(preset="deit_small", pretrained="auto", drop_path=0.1, augment="release",
                     size=224, batch=64, epochs=60, warmup_epochs=10),
     "toy": dict(preset="toy", pretrained="none", drop_path=0.0, augment="jitter",
