@@ -1184,7 +1184,7 @@ def test_another_split_with_the_trained_model_alone(own):
 def test_submission_to_the_voc_server(unlabelled_split, tmp_path):
     pack = [*unlabelled_split, "--what", "submission"]
     predicted = tmp_path / "run" / "pred" / "test"
-    with refused("2 of 2 files are missing .*--predict-only --predict-split test"):
+    with refused("2 of 2 files are missing .*--predict-only --resume --predict-split test"):
         evaluate.main(pack)
     for name in "cd":
         data.write_mask(predicted / f"{name}.png", np.full((40, 48), 8))
