@@ -225,6 +225,7 @@ def predict_split(net, dataset, scales, args, device):
     net.eval()
     torch.backends.cudnn.benchmark = False  # nearly every photograph has a size of its own
     folder, begin = args.out / "pred" / dataset.split, time.time()
+    data.wait_for_all()  # one process writes the checkpoint
     settings = {"scales": scales, "max_side": args.max_side, "precision": args.precision,
                 "model": data.file_digest(args.out / "seg" / "last.pt")}
     data.prepare_folder(folder, args, settings)
