@@ -668,9 +668,13 @@ def read_text(path, remedy="save it as plain text in UTF-8"):
         return nfc(Path(path).read_text(encoding="utf-8-sig"))
 
 
-def read_json(path, remedy):
+def read_json(path, remedy, kind=dict):
+    """What a JSON file holds, which must be of a kind (dict or list)."""
     with reading(path, remedy):
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
 
 
 def read_image(path):
@@ -1027,7 +1031,9 @@ def write_json(path, value):
 def append_result(out, record):
     """Append a record to <out>/results.json, a list."""
     path = Path(out) / "results.json"
-    records = read_json(path, "delete it to start a new list") if path.is_file() else []
+    records = []
+    if path.is_file():
+        records = read_json(path, "delete it to start a new list", list)
     write_json(path, records + [record])
 
 

@@ -1004,7 +1004,7 @@ def test_a_studys_tables_by_hand():
 def test_study_gathers_runs(finished, tmp_path, capsys):
     shutil.copytree(finished.out, tmp_path / "study" / "masks" / "band" / "0")
     study.main(["gather", str(tmp_path / "study"), str(tmp_path / "toy.json")])
-    record, = data.read_json(tmp_path / "toy.json", "")
+    record, = data.read_json(tmp_path / "toy.json", "", list)
     assert (record["row"], record["seed"]) == ("masks/band", "0")
     assert record["settings"]["reactivation"] == "entropy" and 0 <= record["map"] <= 100
     shown = [f"{record['pseudo'][key]:.1f}" for key in ("labelled", "all", "undecided")]
@@ -1549,6 +1549,8 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "annotation 0 has the unknown category 12"),
     ("broken JSON", lambda f: f.instances.write_text("{"), coco,
      "instances_train2014.json cannot be read"),
+    ("a list of JSON", lambda f: f.instances.write_text("[]"), coco,
+     "instances_train2014.json cannot be read .it holds a list, not a dict"),
     ("another JSON", lambda f: f.instances.write_text("{}"), coco,
      "KeyError.*laid out as COCO's instances files"),
     ("two categories of one id", lambda f: f.json(lambda r: r["categories"][0].update(id=1)), coco,

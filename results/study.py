@@ -52,7 +52,7 @@ def gather(folder, path):
                 record["device"] = line.get("device")
         if (run / "layers.json").is_file():
             record.update(data.read_json(run / "layers.json", "delete it and repeat the study"))
-        for result in data.read_json(run / "results.json", "repeat the study"):
+        for result in data.read_json(run / "results.json", "repeat the study", list):
             if result["what"] in ("pseudo", "pred"):
                 record[result["what"]] = result
         records.append(record)
@@ -70,7 +70,7 @@ def write_records(path, records):
 
 
 def read_records(name):
-    return data.read_json(HERE / f"{name}.json", "results/toy.sh or results/voc.sh makes it")
+    return data.read_json(HERE / f"{name}.json", "results/toy.sh or results/voc.sh makes it", list)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def demo_table(plain, out):
     """Lines: README's table of the demo."""
     def last(folder, what):
         remedy = f"make it with evaluate.py --what {what}"
-        records = data.read_json(folder / "results.json", remedy)
+        records = data.read_json(folder / "results.json", remedy, list)
         found = [record for record in records if record["what"] == what]
         if not found:
             raise data.UserError(f"{folder / 'results.json'} has no record of {what}: {remedy}")
@@ -279,7 +279,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["gather"] and len(argv) == 3:
         gather(*argv[1:])
-        print(*study_tables(data.read_json(argv[2], "")), sep="\n")
+        print(*study_tables(data.read_json(argv[2], "", list)), sep="\n")
     elif argv[:1] == ["demo"] and len(argv) == 3:
         print(*demo_table(*map(Path, argv[1:])), sep="\n")
     elif not argv:
