@@ -298,9 +298,9 @@ class VOC(ImageSet):
             header, second = rows[0][1][1:], rows[1][1][1:] if len(rows) > 1 else []
             if self.is_one_hot(header, second):
                 columns = header
-                if wrong := repeated(filter(None, header)) or next(
-                        (c for c in header if c and c not in self.classes), None):
-                    raise UserError(f"{path} has the column {wrong!r}, which is no class of "
+                if wrong := [c for c in filter(None, header)
+                             if c not in self.classes or header.count(c) > 1]:
+                    raise UserError(f"{path} has the column {wrong[0]!r}, which is no class of "
                                     f"{self.source}, or is there twice")
             if columns or any(header) and not set(header) & set(self.classes):
                 rows = rows[1:]
@@ -312,9 +312,11 @@ class VOC(ImageSet):
                 raise UserError(f"{where} is {first!r}: write an image's name and its classes, "
                                 "with commas between them")
             if name not in self.files:
-                hint = " (as a header it would have class names alone, or none)"
+                hint = ""
+                if number == 1:
+                    hint = " (as a header it would have class names alone, or none)"
                 raise UserError(f"{where} names the image {name!r}, which is not in "
-                                f"{self.root / 'JPEGImages'}{hint * (number == 1)}")
+                                f"{self.root / 'JPEGImages'}{hint}")
             if columns:
                 if len(cells) != len(columns):
                     raise UserError(f"{where} has {len(cells)} values, line 1 {len(columns)}")
@@ -885,10 +887,10 @@ def photo_files(paths):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.is_dir():
                 left_out["folder inside (name it, too)"] += 1
-            elif path.is_dir() and not is_image(file.suffix) and not file.name.startswith("."):
-                left_out[f"{file.suffix or file.name} (no image for Pillow: convert it)"] += 1
-            elif not path.is_dir() or not file.name.startswith("."):
+            elif file == path or is_image(file.suffix) and not file.name.startswith("."):
                 files.append(file)
+            elif not file.name.startswith("."):
+                left_out[f"{file.suffix or file.name} (no image for Pillow: convert it)"] += 1
     files = list({file.resolve(): file for file in files}.values())
     if twice := repeated(file.stem for file in files):
         raise UserError(f"two photographs are called {twice!r}: their masks would overwrite each "
@@ -992,8 +994,11 @@ def write_overlay(path, pixels, mask, opacity, legend):
 
 def drawable(text, otherwise):
     """A text, if Pillow's own font has its letters."""
-    return text if text.isprintable() and text == text.encode("latin-1", "ignore").decode(
-        "latin-1") else otherwise
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        return otherwise
+    return text if text.isprintable() else otherwise
 
 
 def write_cam(path, class_ids, cam, size):
@@ -1169,10 +1174,12 @@ def prepare_folder(folder, args, settings):
     """Make a stage's folder, with its settings in args.json.
 
     A folder in use needs --resume (and the same settings) or --overwrite (its files are deleted).
-    Of several processes one does it. Raises UserError.
+    Of several processes one does it, and calls settings, a function that reads files to make the
+    dict. Raises UserError.
     """
     folder = Path(folder)
     if not rank():
+        settings = settings()
         used = folder.is_dir() and any(not f.name.endswith(".tmp") for f in folder.iterdir())
         if used and args.resume:
             need_same_settings(folder, settings)

@@ -447,9 +447,9 @@ def main(argv=None):
     model, _ = load_classifier(classifier, dataset, device)
     parse_layers(args.layers, len(model.blocks))  # fails before the first image
     cams, masks = args.out / "cam", args.out / "pseudo"
-    settings = data.stage_settings(args, dataset, {"classifier": [classifier]})
+    made_from = {"classifier": [classifier]}
     for folder in (cams, masks):
-        data.prepare_folder(folder, args, settings)
+        data.prepare_folder(folder, args, lambda: data.stage_settings(args, dataset, made_from))
 
     # every image that is not there yet; of several processes each takes its share
     def done(name):

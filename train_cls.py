@@ -435,7 +435,7 @@ def main(argv=None):
         if args.entropy == "static" and checkpoint["entropy"] is not None:
             static_entropy = checkpoint["entropy"].to(device)
     made_from = {"checkpoint to branch from": [args.branch_from]} if args.branch_from else {}
-    data.prepare_folder(folder, args, data.stage_settings(args, dataset, made_from))
+    data.prepare_folder(folder, args, lambda: data.stage_settings(args, dataset, made_from))
     data.cut_log(folder, first)
     config = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
     config.update(data=dataset.name, classes=list(dataset.classes))

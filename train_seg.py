@@ -225,9 +225,11 @@ def predict_split(net, dataset, scales, args, device):
     net.eval()
     torch.backends.cudnn.benchmark = False  # nearly every photograph has a size of its own
     folder, begin = args.out / "pred" / dataset.split, time.time()
-    data.wait_for_all()  # one process writes the checkpoint
-    settings = {"scales": scales, "max_side": args.max_side, "precision": args.precision,
+
+    def settings():  # called by the process that wrote the checkpoint
+        return {"scales": scales, "max_side": args.max_side, "precision": args.precision,
                 "model": data.file_digest(args.out / "seg" / "last.pt")}
+
     data.prepare_folder(folder, args, settings)
     todo = [name for name in data.share(dataset.ids) if not (folder / f"{name}.png").is_file()]
     images = data.load_images(dataset, todo, args.workers, device)
@@ -423,7 +425,7 @@ def main(argv=None):
     made_from = {"pseudo-masks": [masks / f"{name}.png" for name in dataset.ids]}
     if classifier:
         made_from["classifier"] = [path]
-    data.prepare_folder(folder, args, data.stage_settings(args, dataset, made_from))
+    data.prepare_folder(folder, args, lambda: data.stage_settings(args, dataset, made_from))
     data.cut_log(folder, first)
     if first < args.epochs and not data.rank():  # what an earlier or half-trained model predicted
         shutil.rmtree(args.out / "pred", ignore_errors=True)
