@@ -1,7 +1,10 @@
+# make photo: the shipped model on photographs, one picture (PHOTOS="holiday/ beach.jpg": on your own).
 # make demo: four stages on `toy`, a table, runs/toy/pictures.png.   make test: pytest (SLOW=1: all).
 # make speed: the speed table, on this CPU.   make gpu: profiles, kernels and tests on a CUDA card.
 # Each makes an environment .venv first (5.5 GB), but with PY=python, which names a Python that has what it needs.
 PYTHON ?= python3
+MODEL ?= models/voc_deit_tiny
+PHOTOS ?= assets/photos
 ifdef PY
 READY :=
 else
@@ -14,10 +17,14 @@ SEG := --epochs 1 --limit 64
 LIMIT := --limit 64
 endif
 
-.PHONY: demo test speed gpu clean
+.PHONY: photo demo test speed gpu clean
 
 # one thread: the number of cores does not change the rounding
-demo: export OMP_NUM_THREADS = 1
+photo demo: export OMP_NUM_THREADS = 1
+photo: $(READY)
+	$(PY) train_seg.py --photos $(PHOTOS) --out $(MODEL)
+	$(PY) evaluate.py --what pictures --photos $(PHOTOS) --rows normalised --out $(MODEL)
+
 demo: $(READY)
 	$(PY) train_cls.py --data toy --reactivation none --out runs/toy/plain --overwrite $(TRAIN)
 	$(PY) train_cls.py --data toy --branch-from runs/toy/plain/cls/warmup.pt --overwrite $(TRAIN)

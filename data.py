@@ -950,10 +950,8 @@ def replacing(path):
 
 
 def write_picture(path, image):
-    """A PIL image as PNG or JPEG, by the path's suffix; a JPEG's sides are at most 65,500."""
+    """A PIL image as PNG or JPEG, by the path's suffix."""
     kind = {".png": "PNG", ".jpg": "JPEG"}[Path(path).suffix]
-    if kind == "JPEG" and max(image.size) > 65_500:
-        image.thumbnail((65_500, 65_500))
     with replacing(path) as temporary:
         image.save(temporary, format=kind)
 
@@ -970,23 +968,48 @@ def write_mask(path, mask):
     write_picture(path, palette_image(mask))
 
 
-def write_overlay(path, pixels, mask, opacity, legend):
-    """A mask laid over a photograph in VOC's colours, with names below it, as JPEG.
+def for_display(pixels, mask, most=1600):
+    """pixels (3, H, W) and a mask (H, W) uint8 as arrays (h, w, 3), (h, w), shrunk to most px."""
+    scale = min(1, most / max(mask.shape))
+    size = [max(1, round(side * scale)) for side in mask.shape]
+    photo = TF.resize(pixels, size, antialias=True).permute(1, 2, 0).numpy()
+    return photo, enlarge(torch.from_numpy(mask), size).numpy()
 
-    pixels (3, H, W) uint8; mask (h, w) and opacity (h, w) uint8, 0 to 255, both of any size and
-    enlarged to the photograph's; legend: name -> mask value.
+
+def heat(photo, cam):
+    """A CAM (., .) in [0, 1] over its photograph (h, w, 3) uint8, blue to red."""
+    cam = bilinear(cam[None, None].float().cpu(), photo.shape[:2])[0, 0].numpy()
+    colour = np.stack([np.clip(1.5 - abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], -1) * 255
+    return (0.45 * photo + 0.55 * colour).astype(np.uint8)
+
+
+def tint(photo, mask):
+    """A mask (h, w) over its photograph (h, w, 3) uint8, in VOC's colours."""
+    mixed = (photo // 2 + VOC_COLOURS[mask] // 2).astype(np.uint8)
+    return np.where(mask[..., None] > 0, mixed, photo)
+
+
+def outline(picture, mask):
+    """A picture (h, w, 3) uint8 with white lines where classes of a mask (h, w) end.
+
+    Undecided pixels are no class.
     """
-    photo = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    colours = palette_image(mask).resize(photo.size, Image.NEAREST).convert("RGB")
-    opacity = Image.fromarray(opacity).resize(photo.size, Image.BILINEAR)
-    mixed = Image.composite(colours, photo, opacity)
+    mask = torch.from_numpy(np.where(mask == IGNORE, 0, mask))[None, None].float()
+    reach = 2 * math.ceil(max(picture.shape) / 600) + 1  # as wide in the eye at any size
+    highest = F.max_pool2d(mask, reach, 1, reach // 2)
+    lowest = -F.max_pool2d(-mask, reach, 1, reach // 2)
+    return np.where((highest > lowest)[0, 0, ..., None], 255, picture).astype(np.uint8)
+
+
+def write_overlay(path, picture, legend):
+    """A picture (H, W, 3) uint8 as JPEG, names below it; legend: name -> mask value, its colour."""
     text_width = 24 + 7 * max(map(len, legend), default=0)
-    size = max(mixed.width, text_width), mixed.height + 16 * len(legend)
+    size = max(picture.shape[1], text_width), picture.shape[0] + 16 * len(legend)
     sheet = Image.new("RGB", size, "white")
-    sheet.paste(mixed)
+    sheet.paste(Image.fromarray(picture))
     draw = ImageDraw.Draw(sheet)
     for i, (name, value) in enumerate(legend.items()):
-        top = mixed.height + 16 * i
+        top = picture.shape[0] + 16 * i
         draw.rectangle((4, top + 3, 14, top + 13), fill=tuple(VOC_COLOURS[value].tolist()))
         draw.text((20, top + 2), drawable(name, f"class {value}"), fill="black")
     write_picture(path, sheet)
@@ -1134,6 +1157,13 @@ def read_checkpoint(path, stage, dataset=None):
                             "of such a run")
         need_same_classes(classes, path, dataset.classes, dataset.source or dataset.name)
     return checkpoint
+
+
+def need_optimizer(checkpoint, path):
+    """UserError where a checkpoint has weights alone, as a published one, and is to be trained."""
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path} holds weights without the optimiser's state: it serves stages 2 "
+                        "to 4 and photographs; train another --out from the start")
 
 
 # Flags that may differ when a run is resumed; and those that may name a file or a folder.

@@ -3,11 +3,12 @@
 Reads  ground truth and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
        layers              <out>/cls/last.pt: the seed refined by each layer, and its smoothness
-       pictures            <out>/cls/last.pt (CAMs and pseudo-masks are made anew), <out>/pred
+       pictures            <out>/cls/last.pt (CAMs and pseudo-masks are made anew), <out>/pred;
+                           of --photos <out>/photos in place of ground truth and <out>/pred
        submission          <out>/pred/<split>, packed for the VOC server; no ground truth
        with --before OUT, layers and pictures show that run's classifier beside this one
 Writes a record of what is scored to <out>/results.json; <out>/{layers.json, layers.png,
-       pictures.png, comp6_<split>_cls.tgz}
+       pictures.png, photos.png, comp6_<split>_cls.tgz}
 Run    python evaluate.py --data VOC2012 --what pred
 Expect on one core of an AMD EPYC, --what layers, DeiT-Tiny, VOC at 320 px, bfloat16: 9 images/s.
 """
@@ -415,13 +416,6 @@ def score_layers(dataset, args, device):
 # -------------------------------------------------------------------------------------------------
 # Pictures, and the file for VOC's server
 # -------------------------------------------------------------------------------------------------
-def heat(photo, cam):
-    """(H, W, 3) uint8 photo, cam (h, w) in [0, 1] -> (H, W, 3) uint8, blue to red."""
-    cam = data.bilinear(cam[None, None].float().cpu(), photo.shape[:2])[0, 0].numpy()
-    colour = np.stack([np.clip(1.5 - abs(4 * cam - c), 0, 1) for c in (3, 2, 1)], -1) * 255
-    return (0.45 * photo + 0.55 * colour).astype(np.uint8)
-
-
 def paint(mask):
     """(H, W) mask -> (H, W, 3) uint8 in the VOC colours."""
     return data.VOC_COLOURS[np.asarray(mask)]
@@ -447,7 +441,7 @@ def contact_sheet(path, titles, rows, cell=150):
     for (caption, row), height in zip(rows.items(), heights):
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * cell + (cell - picture.width) // 2, top))
-        draw.text((4, top + height - 15), data.drawable(caption, ""), fill="grey")
+        draw.text((4, top + height - 15), data.drawable(caption, ""), fill="black")
         top += height
     data.write_picture(path, sheet)
 
@@ -473,8 +467,8 @@ def draw_pipeline(path, dataset, names, args, device):
             variants = {"unrefined": "unrefined", "refined": tuple(range(len(model.blocks)))}
             cams = refine.seed_cams(model, limited, class_ids, variants, refine.refinement(args))
             if "unrefined CAM" not in row:  # that of the first run
-                row["unrefined CAM"] = heat(photo, cams["unrefined"].amax(0))
-            row[f"refined, {run}" if run else "refined CAM"] = heat(photo, cams["refined"].amax(0))
+                row["unrefined CAM"] = data.heat(photo, cams["unrefined"].amax(0))
+            row[f"refined, {run}" if run else "refined CAM"] = data.heat(photo, cams["refined"].amax(0))
         mask = refine.pseudo_mask(limited, class_ids, cams["refined"], **refine.mask_settings(args))
         row["pseudo-mask"] = paint(mask.cpu())
         if has_prediction:
@@ -484,6 +478,22 @@ def draw_pipeline(path, dataset, names, args, device):
     titles = list(row)
     contact_sheet(path, titles, {name: list(row.values()) for name, row in rows.items()}, 132)
     print(f"{path} shows the first {len(rows)} images of {args.split}")
+
+
+def draw_photos(args, device):
+    """One row per photograph: photo, CAM, pseudo-mask, and DeepLab's mask if train_seg.py made it."""
+    rows, titles = {}, ["photo", "CAM, refined", "pseudo-mask (pale: undecided)", "DeepLab"]
+    for path, pixels, names, cam, mask in refine.refined_photos(args, device):
+        photo, mask = data.for_display(pixels, mask)
+        row = [photo, data.heat(photo, cam.amax(0)), data.outline(data.tint(photo, mask), mask)]
+        predicted = args.out / "photos" / f"{path.stem}.png"
+        if predicted.is_file():
+            mask = data.for_display(pixels, data.read_mask(predicted))[1]
+            row.append(data.outline(data.tint(photo, mask), mask))
+        rows[f"{path.stem}: {', '.join(names)}"] = row
+    columns = max(map(len, rows.values()))
+    contact_sheet(args.out / "photos.png", titles[:columns], rows, 220)
+    print(f"{args.out / 'photos.png'} shows {len(rows)} photographs")
 
 
 def draw_chart(draw, corner, size, title, series, level=None):
@@ -549,7 +559,7 @@ def draw_layers(path, model, dataset, records, args, device):
         rows[0].append((f"affinity, layer {l}", np.stack([grey] * 3, -1)))
     for variant, cam in cams.items():
         caption = variant if variant == "unrefined" else f"refined by {variant}"
-        rows[1].append((caption, heat(photo, cam.amax(0))))
+        rows[1].append((caption, data.heat(photo, cam.amax(0))))
     for y, row in enumerate(rows):
         for x, (title, picture) in enumerate(row):
             draw.text((cell * x + 4, 250 + y * (cell + 16)), title, fill="black")
@@ -599,19 +609,27 @@ def parse_args(argv=None):
         help="the --out of the plain classifier, for layers and pictures")
     add("--images", type=data.number(int, 1), default=8, metavar="N",
         help="how many images pictures shows (default %(default)s)")
+    add("--photos", nargs="+", type=Path, metavar="PATH",
+        help="pictures shows these photographs (files, folders) instead, with the masks that "
+             "train_seg.py --photos made of them")
     add("--deep-from", type=data.number(int, 1), metavar="L",
         help="for layers: first deep layer, 0-based (default: the checkpoint's)")
     refine.refining_arguments(parser)  # for layers and pictures, which make CAMs
     refine.mask_arguments(parser.add_argument_group("pseudo-masks of pictures").add_argument)
+    parser.set_defaults(layers="all", present=[])
     args = parser.parse_args(argv)
     args.split = args.split or SPLITS.get(args.what, "train")
     refine.mask_settings(args)  # looks at them
+    if args.photos and args.what != "pictures":
+        parser.error("--photos goes with --what pictures")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = data.setup(args)
+    if args.photos:
+        return draw_photos(args, device)
     dataset = data.open_split(args, args.split)
     if args.what in OTHERS:
         if not data.rank():  # work for one process

@@ -2,7 +2,7 @@
 
 Reads  <out>/cls/last.pt and the images of a split, with their image labels; or any --photos.
 Writes <out>/cam/<image>.npz (the refined seed) and <out>/pseudo/<image>.png (0 background, 1..C,
-       255 undecided); of photographs <out>/photos/<name>.cam.png (the mask) and .cam.jpg (the CAM)
+       255 undecided); of photographs <out>/photos/<name>.cam.png (the mask) and .cam.jpg (both)
 Run    python refine.py --data VOC2012                      (after train_cls.py)
 Serves pseudo_label and PAR make stage 1's pair labels, too; seed_cams the CAMs of evaluate.py.
 Expect on one core of an AMD EPYC, DeiT-Tiny, VOC at 320 px, bfloat16: 10.8 images/s.
@@ -344,28 +344,35 @@ def parse_present(given, classes):
     return list(dict.fromkeys(found))
 
 
-def refine_photos(args, device):
-    """CAM and pseudo-mask of any photographs; needs the classifier alone."""
+def refined_photos(args, device):
+    """Refines args.photos with the classifier: yields path, pixels, names, CAM and pseudo-mask.
+
+    names: the class in words -> its mask value; CAM (K, h, w), pseudo-mask (H, W) uint8 array.
+    """
     model, config = load_classifier(args.out / "cls" / "last.pt", None, device)
     classes = config["classes"]
     given = parse_present(args.present, classes)
 
     for path, pixels in data.read_photos(args.photos):
-        class_ids, said = given, ", ".join(classes[c] for c in given)
+        found = {c: classes[c] for c in given}
         if not given:
             believed = predicted_classes(model, pixels.to(device), config["size"], args.precision)
-            class_ids = [c for c, _ in believed]
-            said = ", ".join(f"{classes[c]} (probability {p:.2f})" for c, p in believed)
-        cam, mask = refine_image(model, pixels.to(device), class_ids, args)
+            found = {c: f"{classes[c]} (probability {p:.2f})" for c, p in believed}
+        cam, mask = refine_image(model, pixels.to(device), list(found), args)
+        names = {text: data.mask_value(c) for c, text in found.items()}
+        yield path, pixels, names, cam, mask.cpu().numpy()
 
+
+def write_photos(args, device):
+    """CAM and pseudo-mask of any photographs; needs the classifier alone."""
+    for path, pixels, names, cam, mask in refined_photos(args, device):
         target = args.out / "photos" / f"{path.stem}.cam.png"
-        data.write_mask(target, mask.cpu().numpy())
-        score, winner = cam.cpu().max(0)
-        values = data.mask_value(torch.tensor(class_ids))
-        legend = {classes[c]: data.mask_value(c) for c in class_ids}
-        data.write_overlay(target.with_suffix(".jpg"), pixels, values[winner].numpy(),
-                           (255 * score).byte().numpy(), legend)
-        print(f"{path.name}: {said}  ->  {target}, {target.with_suffix('.jpg').name}", flush=True)
+        data.write_mask(target, mask)
+        photo, shown = data.for_display(pixels, mask)
+        picture = data.outline(data.heat(photo, cam.amax(0)), shown)
+        data.write_overlay(target.with_suffix(".jpg"), picture, names)
+        print(f"{path.name}: {', '.join(names)}  ->  {target}, {target.with_suffix('.jpg').name}",
+              flush=True)
 
 
 def refining_arguments(parser):
@@ -439,7 +446,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = data.setup(args)
     if args.photos:
-        return refine_photos(args, device)
+        return write_photos(args, device)
 
     # data and classifier
     dataset = data.open_split(args, args.split)

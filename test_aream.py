@@ -1110,6 +1110,16 @@ def test_cams_of_photographs(own, photos, capsys):
     assert re.search(r"b.jpeg: \w+ \(probability [01]\.\d\d\)", capsys.readouterr().out)
 
 
+def test_picture_of_photographs(own, photos):
+    """Photo, CAM, pseudo-mask; DeepLab's mask where train_seg.py made one."""
+    width = {}
+    for columns in (3, 4):
+        own.evaluate("pictures", "--max-side 160 --photos", photos)
+        width[columns] = Image.open(own.out / "photos.png").width
+        call(train_seg, own.out, "--max-side 160 --photos", photos)
+    assert width == {3: 3 * 220, 4: 4 * 220}
+
+
 def test_what_is_no_photograph_is_counted(own, photos, capsys):
     (photos / "inside").mkdir()
     (photos / "._b.jpeg").write_bytes(b"of a Mac")
@@ -1610,10 +1620,10 @@ def test_output_never_stops_the_work(tmp_path, monkeypatch):
     data.run(lambda: print("狗 caf\udce9"))
     sys.stdout.flush()
     assert raw.getvalue() == b"\\u72d7 caf\\udce9\n"
-    wide = torch.zeros(3, 2, 66_000, dtype=torch.uint8)
-    mask, opacity = np.ones((1, 1)), np.full((1, 1), 255, np.uint8)
-    for pixels, width in ((wide, 65_500), (wide[..., :9], 24 + 7)):
-        data.write_overlay(tmp_path / "o.jpg", pixels, mask, opacity, {"狗": 1})
+    wide = torch.zeros(3, 2, 66_000, dtype=torch.uint8)  # a JPEG has at most 65,535
+    for pixels, width in ((wide, 1600), (wide[..., :9], 24 + 7)):
+        photo, mask = data.for_display(pixels, np.ones(pixels.shape[1:], np.uint8))
+        data.write_overlay(tmp_path / "o.jpg", data.outline(data.tint(photo, mask), mask), {"狗": 1})
         assert Image.open(tmp_path / "o.jpg").width == width
 
 
@@ -2023,6 +2033,27 @@ def test_what_resume_branch_and_overwrite_refuse(own, tmp_path):
         with refused(message):
             train(out, flags)
     assert last.is_file() and (own.plain / "cls" / "args.json").is_file()
+
+
+@slow
+def test_a_released_model_serves_all_but_training(own, tmp_path):
+    """results/release.sh: 16 bits, no optimiser, no paths; what is left of a run is not needed."""
+    model = tmp_path / "model"
+    subprocess.run(["bash", "results/release.sh", own.out, model], cwd=HERE, check=True,
+                   env={**os.environ, "PYTHON": sys.executable})
+    for stage in ("cls", "seg"):
+        checkpoint = data.read_checkpoint(model / stage / "last.pt", stage)
+        assert not re.search(r"\W" + re.escape(str(own.out.parent)), repr(checkpoint["config"]))
+        assert checkpoint["model"].popitem()[1].dtype == torch.float16
+    own.out = model
+    own.refine()
+    own.evaluate("layers")
+    own.train_seg("--predict-only")
+    for begin in ("--resume", f"--branch-from {model}/cls/last.pt"):
+        with refused("model/cls/last.pt holds weights without the optimiser's state: it serves"):
+            train(model if begin == "--resume" else tmp_path / "other", f"--epochs 3 {begin}")
+    with refused("model/seg/last.pt holds weights without the optimiser's state: it serves"):
+        call(train_seg, model, "--limit 16 --batch 4 --epochs 2 --resume")
 
 
 def test_same_seed_same_bits(tmp_path):

@@ -288,31 +288,32 @@ def restore(model, optimizer, args, dataset, folder):
 
     Loads model and optimizer in place. Returns the checkpoint, or None in the last two cases.
     """
-    last = folder / "last.pt"
-    if args.resume and last.is_file():
-        checkpoint = data.read_checkpoint(last, "cls", dataset)
-    elif args.branch_from:
-        if args.overwrite and Path(args.branch_from).resolve().is_relative_to(folder.resolve()):
-            raise data.UserError(f"--overwrite would delete {args.branch_from}, from which to "
-                                 "branch: use another --out")
-        checkpoint = data.read_checkpoint(args.branch_from, "cls", dataset)
-        if checkpoint["epoch"] >= args.epochs:
-            raise data.UserError(f"{args.branch_from} is already at epoch {checkpoint['epoch']}: "
-                                 f"give more than --epochs {args.epochs}")
-    else:
+    path = folder / "last.pt"
+    if not (args.resume and path.is_file()):
+        path = args.branch_from
+    if path is None:
         if args.pretrained != "none":
             remedy = "give the DeiT file of that size, another --preset, or --pretrained none"
             with data.given("--pretrained", remedy):
                 vit.load_pretrained(model, args.pretrained)
         return None
 
+    if args.overwrite and Path(path).resolve().is_relative_to(folder.resolve()):
+        raise data.UserError(f"--overwrite would delete {path}, from which to branch: use another "
+                             "--out")
+    checkpoint = data.read_checkpoint(path, "cls", dataset)
+    if path == args.branch_from and checkpoint["epoch"] >= args.epochs:
+        raise data.UserError(f"{path} is already at epoch {checkpoint['epoch']}: give more than "
+                             f"--epochs {args.epochs}")
     config = {key: checkpoint["config"][key] for key in ("preset", "depth", "size")}
     if config != {key: getattr(args, key) for key in config}:
         raise data.UserError(f"the checkpoint to go on from has {config}; give the same settings")
     model.load_state_dict(checkpoint["model"])
-    # the moments are that run's, weight decay and the like this one's
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
+    if checkpoint["epoch"] < args.epochs:
+        data.need_optimizer(checkpoint, path)
+        # the moments are that run's, weight decay and the like this one's
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
     return checkpoint
 
 

@@ -267,7 +267,9 @@ def restore(net, optimizer, args, dataset, folder, classifier):
             raise data.UserError(f"--resume in {folder}, which holds a "
                                  f"{checkpoint['config']['arch']}, with --arch {args.arch}")
         net.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["epoch"] < args.epochs:
+            data.need_optimizer(checkpoint, last)
+            optimizer.load_state_dict(checkpoint["optimizer"])
         return checkpoint["epoch"]
     if args.pretrained != "none" and classifier:
         net.backbone.model.load_state_dict(classifier["model"])
@@ -336,13 +338,15 @@ def segment_photos(args, device):
     names = ("background", *config["classes"])
     for path, pixels in data.read_photos(args.photos):
         mask = predict_photograph(net, pixels, args.scales or config["scales"], args, device)
-        shown = {names[value]: value for value in np.unique(mask).tolist() if value}
+        found = {names[value]: value for value in np.unique(mask).tolist() if value}
 
         target = args.out / "photos" / f"{path.stem}.png"
         overlay = target.with_suffix(".overlay.jpg")
         data.write_mask(target, mask)
-        data.write_overlay(overlay, pixels, mask, 127 * (mask > 0).astype(np.uint8), shown)
-        print(f"{path.name}: {', '.join(shown) or 'background alone'}  ->  {target}, "
+        photo, shown = data.for_display(pixels, mask)
+        picture = data.outline(data.tint(photo, shown), shown)
+        data.write_overlay(overlay, picture, found)
+        print(f"{path.name}: {', '.join(found) or 'background alone'}  ->  {target}, "
               f"{overlay.name}", flush=True)
 
 
