@@ -466,9 +466,9 @@ def draw_pipeline(path, dataset, names, args, device):
             limited = refine.limit_size(model, pixels, args.max_side).to(device)
             variants = {"unrefined": "unrefined", "refined": tuple(range(len(model.blocks)))}
             cams = refine.seed_cams(model, limited, class_ids, variants, refine.refinement(args))
-            if "unrefined CAM" not in row:  # that of the first run
-                row["unrefined CAM"] = data.heat(photo, cams["unrefined"].amax(0))
-            row[f"refined, {run}" if run else "refined CAM"] = data.heat(photo, cams["refined"].amax(0))
+            unrefined, refined = (data.heat(photo, cam.amax(0)) for cam in cams.values())
+            row.setdefault("unrefined CAM", unrefined)  # that of the first run
+            row[f"refined, {run}" if run else "refined CAM"] = refined
         mask = refine.pseudo_mask(limited, class_ids, cams["refined"], **refine.mask_settings(args))
         row["pseudo-mask"] = paint(mask.cpu())
         if has_prediction:
@@ -481,7 +481,7 @@ def draw_pipeline(path, dataset, names, args, device):
 
 
 def draw_photos(args, device):
-    """One row per photograph: photo, CAM, pseudo-mask, and DeepLab's mask if train_seg.py made it."""
+    """One row per photograph: photo, CAM, pseudo-mask; DeepLab's mask if train_seg.py made it."""
     rows, titles = {}, ["photo", "CAM, refined", "pseudo-mask (pale: undecided)", "DeepLab"]
     for path, pixels, names, cam, mask in refine.refined_photos(args, device):
         photo, mask = data.for_display(pixels, mask)
