@@ -22,17 +22,19 @@ SETTINGS = ("preset", "depth", "epochs", "warmup_epochs", "lr", "batch", "augmen
             "reactivation", "entropy", "coupling", "deep_from", "affinity_weight", "pair_labels",
             "par_dilations")
 GAINS = [  # what, records, the question and row of AReAM, column; the plain row is its "none"
-    ("VOC train", "voc", "schedule/uniform-split", "all layers"),
-    ("the same on an H200", "voc_h200", "schedule/uniform-split", "all layers"),
-    ("VOC train, `--rows normalised`", "voc", "rows/uniform-split", "all layers"),
-    ("the same on an H200", "voc_h200", "rows/uniform-split", "all layers"),
-    ("6,293 images of trainaug", "voc", "trainaug/uniform-split", "all layers"),
-    ("the same, `--rows normalised`", "voc", "trainaug-rows/uniform-split", "all layers"),
-    ("their pseudo-masks, labelled pixels", "voc", "trainaug-near/uniform-split-normalised",
+    ("CAM, VOC train", "voc", "schedule/uniform-split", "all layers"),
+    ("CAM, `--rows normalised` in both", "voc", "rows/uniform-split", "all layers"),
+    ("the same, 6,293 images of trainaug", "voc", "trainaug-rows/uniform-split", "all layers"),
+    ("DeepLab (ViT) on pseudo-masks, val", "voc", "trainaug-near/uniform-split-normalised",
+     "DeepLab, val"),
+    ("these pseudo-masks, labelled pixels", "voc", "trainaug-near/uniform-split-normalised",
      "labelled pixels"),
-    ("the same, all pixels", "voc", "trainaug-near/uniform-split-normalised", "all pixels"),
-    ("DeepLab on them, val", "voc", "trainaug-near/uniform-split-normalised", "DeepLab, val"),
-    ("toy, affinity weight 4", "toy", "reactivation/uniform", "all layers"),
+    ("these pseudo-masks, all pixels", "voc", "trainaug-near/uniform-split-normalised",
+     "all pixels"),
+    ("CAM, 6,293 images of trainaug", "voc", "trainaug/uniform-split", "all layers"),
+    ("CAM, VOC train, on an H200", "voc_h200", "schedule/uniform-split", "all layers"),
+    ("the same, `--rows normalised`", "voc_h200", "rows/uniform-split", "all layers"),
+    ("CAM, toy, affinity weight 4", "toy", "reactivation/uniform", "all layers"),
 ]
 
 
