@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as TF
 
 import aream
@@ -29,6 +29,7 @@ import refine
 
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
 FIXED_THRESHOLD = 0.45  # the middle of refine.LOW and HIGH, never tuned
+CHART_COLOURS = ((178, 34, 34), (0, 0, 140), (0, 120, 60))
 MEASURES = ("entropy", "distance", "top", "objects", "background", "w_hat")  # of a layer
 
 
@@ -446,7 +447,7 @@ def contact_sheet(path, titles, rows, cell=150):
     data.write_picture(path, sheet)
 
 
-def draw_pipeline(path, dataset, names, args, device):
+def draw_pictures(dataset, args, device):
     """One row per image: photo, CAM, refined CAM, pseudo-mask, prediction, ground truth.
 
     The pseudo-mask is made here, from the last run's CAM; predictions are shown if they are there.
@@ -454,7 +455,7 @@ def draw_pipeline(path, dataset, names, args, device):
     runs = {"": args.out} if args.before is None else {"plain": args.before, "AReAM": args.out}
     models = {run: refine.load_classifier(out / "cls" / "last.pt", dataset, device)[0]
               for run, out in runs.items()}
-    predicted = args.out / "pred" / args.split
+    names, predicted = dataset.ids[:args.images], args.out / "pred" / args.split
     has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
 
     rows = {}
@@ -475,8 +476,8 @@ def draw_pipeline(path, dataset, names, args, device):
             row["DeepLab"] = paint(data.read_mask(predicted / f"{name}.png"))
         row["ground truth"] = paint(dataset.mask(name))
         rows[name] = row
-    titles = list(row)
-    contact_sheet(path, titles, {name: list(row.values()) for name, row in rows.items()}, 132)
+    path, shown = args.out / "pictures.png", {name: list(row.values()) for name, row in rows.items()}
+    contact_sheet(path, list(row), shown, 132)
     print(f"{path} shows the first {len(rows)} images of {args.split}")
 
 
@@ -488,7 +489,8 @@ def draw_photos(args, device):
         row = [photo, data.heat(photo, cam.amax(0)), data.outline(data.tint(photo, mask), mask)]
         predicted = args.out / "photos" / f"{path.stem}.png"
         if predicted.is_file():
-            mask = data.for_display(pixels, data.read_mask(predicted))[1]
+            mask = data.read_mask(predicted, size=pixels.shape[-2:])
+            _, mask = data.for_display(pixels, mask)
             row.append(data.outline(data.tint(photo, mask), mask))
         rows[f"{path.stem}: {', '.join(names)}"] = row
     columns = max(map(len, rows.values()))
@@ -496,30 +498,50 @@ def draw_photos(args, device):
     print(f"{args.out / 'photos.png'} shows {len(rows)} photographs")
 
 
-def draw_chart(draw, corner, size, title, series, level=None):
-    """A line chart over layers; corner, size in pixels; series: name -> values; level: dotted."""
-    (x, y), (w, h) = corner, size
-    left, top, right, bottom = x + 42, y + 20, x + w - 10, y + h - 34
-    values = [v for line in series.values() for v in line] + list((level or {}).values())
-    low, high = min(values), max(values)
-    low, high = low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9)
+def chart(size, title, series, level=(), band=(), height=None):
+    """A line chart over layers, drawn twice as large: a PIL image of size (w, h) pixels.
+
+    series: name -> values; level: name -> a dotted line; band: name -> what the values may be off;
+    height: (lowest, highest) value, else what is there.
+    """
+    (w, h), level, band = (2 * side for side in size), dict(level), dict(band)
+    left, top, right, bottom = 84, 50, w - 20, h - 72
+    values = [v for line in series.values() for v in line] + list(level.values())
+    low, high = height or (min(values), max(values))
+    if height is None:
+        low, high = low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9)
     depth = max(len(line) for line in series.values())
-    px = lambda l: left + (right - left) * (l + 0.5) / depth
-    py = lambda v: bottom - (bottom - top) * (v - low) / (high - low)
-    draw.text((left, y + 4), title, fill="black")
+
+    def points(values):
+        return [(left + (right - left) * (l + 0.5) / depth,
+                 bottom - (bottom - top) * (v - low) / (high - low)) for l, v in enumerate(values)]
+
+    picture, font = Image.new("RGBA", (w, h), "white"), ImageFont.load_default(23)
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 10), title, "black", font)
     draw.rectangle((left, top, right, bottom), outline="grey")
     for tick in np.linspace(low, high, 5)[1:-1]:
-        draw.line((left, py(tick), right, py(tick)), fill="lightgrey")
-        draw.text((x + 2, py(tick) - 6), f"{tick:.3g}", fill="black")
-    for l in range(0, depth, max(1, depth // 6)):
-        draw.text((px(l) - 3, bottom + 3), str(l), fill="black")
+        (_, y), = points([tick])
+        draw.line((left, y, right, y), "lightgrey")
+        draw.text((4, y - 14), f"{tick:.3g}", "black", font)
+    for l, (x, _) in enumerate(points([low] * depth)):
+        draw.text((x - 8, bottom + 4), str(l), "black", font)
     for i, (name, line) in enumerate(series.items()):
-        colour = ("firebrick", "navy")[i]
-        draw.line([(px(l), py(v)) for l, v in enumerate(line)], fill=colour, width=2)
-        draw.text((left + 90 * i, bottom + 16), name, fill=colour)
-        if level:
-            for dash in range(int(left), int(right), 8):
-                draw.line((dash, py(level[name]), dash + 3, py(level[name])), fill=colour)
+        colour = CHART_COLOURS[i]
+        if name in band:
+            line, off = np.asarray(line), np.asarray(band[name])
+            layer = Image.new("RGBA", picture.size)
+            edge = points(line + off) + points(line - off)[::-1]
+            ImageDraw.Draw(layer).polygon(edge, fill=(*colour, 50))
+            picture.alpha_composite(layer)
+            draw = ImageDraw.Draw(picture)
+        draw.line(points(line), colour, 4)
+        if name in level:
+            (_, y), = points([level[name]])
+            for x in range(left, right, 16):
+                draw.line((x, y, x + 6, y), colour, 2)
+        draw.text((left + i * (right - left) // 3, bottom + 36), name, colour, font)
+    return picture.convert("RGB").resize(size, Image.LANCZOS)
 
 
 def draw_layers(path, model, dataset, records, args, device):
@@ -539,9 +561,9 @@ def draw_layers(path, model, dataset, records, args, device):
     for title, key in (("distance between affinity rows", "distance"),
                        ("entropy of the refined CAM (bits)", "entropy"),
                        ("attention on the top 5 % of patches", "top")):
-        charts.append((title, {name: r["measures"][key] for name, r in records.items()}, None))
-    for i, chart in enumerate(charts):
-        draw_chart(draw, (2 * cell * i, 0), (2 * cell, 240), *chart)
+        charts.append((title, {name: r["measures"][key] for name, r in records.items()}))
+    for i, shown in enumerate(charts):
+        image.paste(chart((2 * cell, 240), *shown), (2 * cell * i, 0))
 
     # the first image: affinities, and what single layers make of its CAM
     name, seen = dataset.ids[0], []
@@ -565,10 +587,6 @@ def draw_layers(path, model, dataset, records, args, device):
             draw.text((cell * x + 4, 250 + y * (cell + 16)), title, fill="black")
             image.paste(fit(picture, cell - 4), (cell * x, 266 + y * (cell + 16)))
     data.write_picture(path, image)
-
-
-def draw_pictures(dataset, args, device):
-    draw_pipeline(args.out / "pictures.png", dataset, dataset.ids[:args.images], args, device)
 
 
 def pack_submission(dataset, args, device):
@@ -629,6 +647,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = data.setup(args)
     if args.photos:
+        if data.world() > 1:
+            raise data.UserError("--photos is work for one process: start it without torchrun")
         return draw_photos(args, device)
     dataset = data.open_split(args, args.split)
     if args.what in OTHERS:

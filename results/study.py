@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 import data
 import evaluate
@@ -230,51 +229,25 @@ def demo_table(plain, out):
 # -------------------------------------------------------------------------------------------------
 # The chart: the paper's Figure 1, and what AReAM does to it
 # -------------------------------------------------------------------------------------------------
-LINES = [("plain", "schedule/none", (178, 34, 34)),
-         ("AReAM", "schedule/uniform-split", (0, 0, 140)),
-         ("AReAM, normalised rows", "rows/uniform-split", (0, 120, 60))]
+LINES = {"plain": "schedule/none", "AReAM": "schedule/uniform-split",
+         "AReAM, normalised rows": "rows/uniform-split"}
 
 
 def draw_chart(path, records):
     """Seed mIoU refined by each layer alone: mean over seeds, standard deviation as a band."""
-    scale = 2  # drawn twice as large
-    width, height, left, top, right, bottom = 900, 420, 60, 34, 880, 350
-    picture = Image.new("RGBA", (scale * width, scale * height), "white")
-    font = ImageFont.load_default(13 * scale)
-    questions, depth, low, high = rows_of(records), 12, 0, 65
-
-    def at(layer, miou):
-        x = left + (right - left) * (layer + 0.5) / depth
-        y = bottom - (bottom - top) * (miou - low) / (high - low)
-        return scale * x, scale * y
-
-    draw = ImageDraw.Draw(picture)
-    for tick in range(low, high, 10):
-        draw.line([(scale * left, at(0, tick)[1]), (scale * right, at(0, tick)[1])], "lightgrey")
-        draw.text((scale * (left - 28), at(0, tick)[1] - 8 * scale), str(tick), "black", font)
-    for layer in range(depth):
-        draw.text((at(layer, 0)[0] - 4 * scale, scale * (bottom + 8)), str(layer), "black", font)
-    draw.text((scale * left, scale * 8), "VOC train: mIoU (%) of the CAM refined by one layer's "
-              "affinity (dotted: by the mean of all)", "black", font)
-    for i, (name, row, colour) in enumerate(LINES):
+    questions, depth = rows_of(records), 12
+    mean, deviation, together = {}, {}, {}
+    for title, row in LINES.items():
         question, _, own = row.partition("/")
         runs = questions[question][own]
+        name = f"{title} ({len(runs)} seeds)"
         miou = np.array([[run["table"][f"layer {l}"]["fixed"] for l in range(depth)]
                          for run in runs])
-        mean, deviation = miou.mean(0), miou.std(0, ddof=1)
-        band = Image.new("RGBA", picture.size)
-        edge = [at(l, v) for l, v in enumerate(mean + deviation)]
-        edge += [at(l, v) for l, v in reversed(list(enumerate(mean - deviation)))]
-        ImageDraw.Draw(band).polygon(edge, fill=(*colour, 50))
-        picture.alpha_composite(band)
-        draw = ImageDraw.Draw(picture)
-        draw.line([at(l, v) for l, v in enumerate(mean)], colour, 2 * scale)
-        y = at(0, np.mean([run["table"]["all layers"]["fixed"] for run in runs]))[1]
-        for x in range(scale * left, scale * right, 8 * scale):
-            draw.line((x, y, x + 3 * scale, y), colour, scale)
-        draw.text((scale * (left + 260 * i), scale * (bottom + 36)),
-                  f"{name} ({len(runs)} seeds)", colour, font)
-    data.write_picture(path, picture.convert("RGB").resize((width, height), Image.LANCZOS))
+        mean[name], deviation[name] = miou.mean(0), miou.std(0, ddof=1)
+        together[name] = np.mean([run["table"]["all layers"]["fixed"] for run in runs])
+    title = "VOC train: mIoU (%) of the CAM refined by one layer (dotted: by the mean of all)"
+    chart = evaluate.chart((900, 420), title, mean, together, deviation, (0, 60))
+    data.write_picture(path, chart)
 
 
 def main(argv=None):
