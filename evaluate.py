@@ -476,8 +476,8 @@ def draw_pictures(dataset, args, device):
             row["DeepLab"] = paint(data.read_mask(predicted / f"{name}.png"))
         row["ground truth"] = paint(dataset.mask(name))
         rows[name] = row
-    path, shown = args.out / "pictures.png", {name: list(row.values()) for name, row in rows.items()}
-    contact_sheet(path, list(row), shown, 132)
+    titles, path = list(row), args.out / "pictures.png"
+    contact_sheet(path, titles, {name: list(row.values()) for name, row in rows.items()}, 132)
     print(f"{path} shows the first {len(rows)} images of {args.split}")
 
 

@@ -1120,6 +1120,20 @@ def test_picture_of_photographs(own, photos):
     assert width == {3: 3 * 220, 4: 4 * 220}
 
 
+def test_the_shipped_model_finds_the_cat(tmp_path, capsys):
+    """Face and ear are cat in both masks, the blurred corner on the right is not."""
+    shutil.copytree(HERE / "models" / "voc_deit_tiny", tmp_path, dirs_exist_ok=True)
+    cat = HERE / "assets" / "photos" / "chelsea.jpg"  # (300, 451)
+    for stage in (refine, train_seg):
+        stage.main(["--photos", str(cat), "--device", "cpu", "--out", str(tmp_path)])
+    assert re.search(r"chelsea.jpg: cat \(probability 0.9", capsys.readouterr().out)
+    for name in ("chelsea.cam.png", "chelsea.png"):
+        mask = data.read_mask(tmp_path / "photos" / name)
+        face = mask[[100, 120, 180], [180, 280, 230]]
+        assert mask.shape == (300, 451) and values(face) == {8} and values(mask) <= {0, 8, 255}
+        assert mask[30, 440] != 8
+
+
 def test_what_is_no_photograph_is_counted(own, photos, capsys):
     (photos / "inside").mkdir()
     (photos / "._b.jpeg").write_bytes(b"of a Mac")
