@@ -39,6 +39,15 @@ rows() {
   masks masks/uniform-split            schedule/uniform-split
   masks masks/uniform-split-normalised schedule/uniform-split --rows normalised
 
+  # How far may PAR's neighbours be? As released (for photographs of 500 px), near, and the released ones times the
+  # photograph's longer side over 500
+  for side in 320 160; do
+    masks par-reach/$side-release schedule/none --max-side $side
+    masks par-reach/$side-near    schedule/none --max-side $side "${NEAR[@]}"
+  done
+  masks par-reach/320-scaled schedule/none --max-side 320 --par-dilations 1 3 5 8 15
+  masks par-reach/160-scaled schedule/none --max-side 160 --par-dilations 1 3 4 8
+
   # Do deep layers over-smooth at other depths? (Figure 1; 12 is schedule/none)
   row depth/6  "${PLAIN[@]}" --depth 6
   row depth/8  "${PLAIN[@]}" --depth 8
