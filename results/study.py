@@ -33,6 +33,8 @@ GAINS = [  # what, records, the question and row of AReAM, column; the plain row
     ("CAM, 6,293 images of trainaug", "voc", "trainaug/uniform-split", "all layers"),
     ("CAM, VOC train, on an H200", "voc_h200", "schedule/uniform-split", "all layers"),
     ("the same, `--rows normalised`", "voc_h200", "rows/uniform-split", "all layers"),
+    ("CAM, VOC train, seed 3, without AVX-512", "avx2", "schedule/uniform-split", "all layers"),
+    ("the same, `--rows normalised`", "avx2", "rows/uniform-split", "all layers"),
     ("CAM, toy, affinity weight 4", "toy", "reactivation/uniform", "all layers"),
 ]
 
@@ -135,11 +137,11 @@ def cells_of_layers(runs):
     return cells
 
 
-def paired(runs, plain, column):
-    """The differences of runs from the plain run of the same seed."""
+def pairs(runs, plain, column):
+    """A column of runs and of the plain run of the same seed: [(plain, run)]."""
     before = {run["seed"]: columns(run) for run in plain}
-    pairs = [(columns(run), before[run["seed"]]) for run in runs if run["seed"] in before]
-    return [after[column] - base[column] for after, base in pairs
+    both = [(before[run["seed"]], columns(run)) for run in runs if run["seed"] in before]
+    return [(base[column], after[column]) for base, after in both
             if column in after and column in base]
 
 
@@ -147,7 +149,8 @@ def cells_of_gains(runs, plain):
     """column -> mean difference, seed by seed, from the plain row ± its standard error."""
     cells = {}
     for column in columns(runs[0]):
-        if gains := paired(runs, plain, column):
+        gains = [after - base for base, after in pairs(runs, plain, column)]
+        if gains:
             cells[column] = f"{np.mean(gains):+.1f}"
         if len(gains) > 1:
             cells[column] += f" ± {np.std(gains, ddof=1) / math.sqrt(len(gains)):.1f}"
@@ -194,13 +197,11 @@ def gain_table():
     for what, name, row, column in GAINS:
         question, _, own = row.partition("/")
         found = rows_of(read_records(name))[question]
-        runs = [[columns(run)[column] for run in found[key] if column in columns(run)]
-                for key in ("none", own)]
-        gains = paired(found[own], found["none"], column)
+        plain, aream = zip(*pairs(found[own], found["none"], column))
+        gains = np.subtract(aream, plain)
         script = "toy.sh" if name == "toy" else "voc.sh"
-        rows.append([what, str(len(gains)), f"`{script} {row}`",
-                     *(mean_and_deviation(values) for values in runs),
-                     mean_and_deviation(gains, "+.1f")])
+        rows.append([what, str(len(gains)), f"`{script} {row}`", mean_and_deviation(plain),
+                     mean_and_deviation(aream), mean_and_deviation(gains, "+.1f")])
     return table(["mIoU (%)", "seeds", "made by `bash results/`…", "plain", "AReAM", "gain"], rows)
 
 
