@@ -1016,12 +1016,8 @@ def write_overlay(path, picture, legend):
 
 
 def drawable(text, otherwise):
-    """A text, if Pillow's own font has its letters."""
-    try:
-        text.encode("latin-1")
-    except UnicodeEncodeError:
-        return otherwise
-    return text if text.isprintable() else otherwise
+    """A text, if Pillow's own font is sure to have its letters."""
+    return text if text.isascii() and text.isprintable() else otherwise
 
 
 def write_cam(path, class_ids, cam, size):

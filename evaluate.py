@@ -442,7 +442,8 @@ def contact_sheet(path, titles, rows, cell=150):
     for (caption, row), height in zip(rows.items(), heights):
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * cell + (cell - picture.width) // 2, top))
-        draw.text((4, top + height - 15), data.drawable(caption, ""), fill="black")
+        caption = caption.encode("ascii", "replace").decode()  # what Pillow's own font has
+        draw.text((4, top + height - 15), caption, fill="black")
         top += height
     data.write_picture(path, sheet)
 
@@ -484,18 +485,21 @@ def draw_pictures(dataset, args, device):
 def draw_photos(args, device):
     """One row per photograph: photo, CAM, pseudo-mask; DeepLab's mask if train_seg.py made it."""
     rows, titles = {}, ["photo", "CAM, refined", "pseudo-mask (pale: undecided)", "DeepLab"]
-    for path, pixels, names, cam, mask in refine.refined_photos(args, device):
-        photo, mask = data.for_display(pixels, mask)
-        row = [photo, data.heat(photo, cam.amax(0)), data.outline(data.tint(photo, mask), mask)]
-        predicted = args.out / "photos" / f"{path.stem}.png"
-        if predicted.is_file():
-            mask = data.read_mask(predicted, size=pixels.shape[-2:])
-            _, mask = data.for_display(pixels, mask)
-            row.append(data.outline(data.tint(photo, mask), mask))
-        rows[f"{path.stem}: {', '.join(names)}"] = row
-    columns = max(map(len, rows.values()))
-    contact_sheet(args.out / "photos.png", titles[:columns], rows, 220)
-    print(f"{args.out / 'photos.png'} shows {len(rows)} photographs")
+    try:
+        for path, pixels, names, cam, mask in refine.refined_photos(args, device):
+            photo, mask = data.for_display(pixels, mask)
+            row = [photo, data.heat(photo, cam.amax(0)), data.outline(data.tint(photo, mask), mask)]
+            predicted = args.out / "photos" / f"{path.stem}.png"
+            if predicted.is_file():
+                mask = data.read_mask(predicted, size=pixels.shape[-2:])
+                _, mask = data.for_display(pixels, mask)
+                row.append(data.outline(data.tint(photo, mask), mask))
+            rows[f"{path.stem}: {', '.join(names)}"] = row
+    finally:  # what cannot be read ends in an error; the others are shown
+        if rows:
+            columns = max(map(len, rows.values()))
+            contact_sheet(args.out / "photos.png", titles[:columns], rows, 220)
+            print(f"{args.out / 'photos.png'} shows {len(rows)} photographs")
 
 
 def chart(size, title, series, level=(), band=(), height=None):

@@ -1118,6 +1118,11 @@ def test_picture_of_photographs(own, photos):
         width[columns] = Image.open(own.out / "photos.png").width
         call(train_seg, own.out, "--max-side 160 --photos", photos)
     assert width == {3: 3 * 220, 4: 4 * 220}
+    (photos / "b.jpeg").write_bytes(b"no image")  # the others are shown all the same
+    (own.out / "photos.png").unlink()
+    with refused("1 left out: .*b.jpeg cannot be read"):
+        own.evaluate("pictures", "--max-side 160 --photos", photos)
+    assert (own.out / "photos.png").is_file()
 
 
 def test_the_shipped_model_finds_the_cat(tmp_path, capsys):

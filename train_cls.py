@@ -305,12 +305,13 @@ def restore(model, optimizer, args, dataset, folder):
     if path == args.branch_from and checkpoint["epoch"] >= args.epochs:
         raise data.UserError(f"{path} is already at epoch {checkpoint['epoch']}: give more than "
                              f"--epochs {args.epochs}")
+    if checkpoint["epoch"] < args.epochs:
+        data.need_optimizer(checkpoint, path)
     config = {key: checkpoint["config"][key] for key in ("preset", "depth", "size")}
     if config != {key: getattr(args, key) for key in config}:
         raise data.UserError(f"the checkpoint to go on from has {config}; give the same settings")
     model.load_state_dict(checkpoint["model"])
     if checkpoint["epoch"] < args.epochs:
-        data.need_optimizer(checkpoint, path)
         # the moments are that run's, weight decay and the like this one's
         settings = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
