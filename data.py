@@ -968,12 +968,12 @@ def write_mask(path, mask):
     write_picture(path, palette_image(mask))
 
 
-def for_display(pixels, mask, most=1600):
-    """pixels (3, H, W) and a mask (H, W) uint8 as arrays (h, w, 3), (h, w), shrunk to most px."""
-    scale = min(1, most / max(mask.shape))
-    size = [max(1, round(side * scale)) for side in mask.shape]
+def for_display(pixels, *masks, most=1600):
+    """pixels (3, H, W) and masks (H, W) uint8 as arrays (h, w, 3), (h, w), shrunk to most px."""
+    scale = min(1, most / max(pixels.shape[-2:]))
+    size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
     photo = TF.resize(pixels, size, antialias=True).permute(1, 2, 0).numpy()
-    return photo, enlarge(torch.from_numpy(mask), size).numpy()
+    return photo, *(enlarge(torch.from_numpy(mask), size).numpy() for mask in masks)
 
 
 def heat(photo, cam):
@@ -984,9 +984,9 @@ def heat(photo, cam):
 
 
 def tint(photo, mask):
-    """A mask (h, w) over its photograph (h, w, 3) uint8, in VOC's colours."""
+    """A mask (h, w) over its photograph (h, w, 3) uint8, in VOC's colours, with its outline."""
     mixed = (photo // 2 + VOC_COLOURS[mask] // 2).astype(np.uint8)
-    return np.where(mask[..., None] > 0, mixed, photo)
+    return outline(np.where(mask[..., None] > 0, mixed, photo), mask)
 
 
 def outline(picture, mask):

@@ -487,14 +487,13 @@ def draw_photos(args, device):
     rows, titles = {}, ["photo", "CAM, refined", "pseudo-mask (pale: undecided)", "DeepLab"]
     try:
         for path, pixels, names, cam, mask in refine.refined_photos(args, device):
-            photo, mask = data.for_display(pixels, mask)
-            row = [photo, data.heat(photo, cam.amax(0)), data.outline(data.tint(photo, mask), mask)]
-            predicted = args.out / "photos" / f"{path.stem}.png"
+            masks, predicted = [mask], args.out / "photos" / f"{path.stem}.png"
             if predicted.is_file():
-                mask = data.read_mask(predicted, size=pixels.shape[-2:])
-                _, mask = data.for_display(pixels, mask)
-                row.append(data.outline(data.tint(photo, mask), mask))
-            rows[f"{path.stem}: {', '.join(names)}"] = row
+                masks.append(data.read_mask(predicted, size=pixels.shape[-2:]))
+            photo, *masks = data.for_display(pixels, *masks)
+            tinted = [data.tint(photo, mask) for mask in masks]
+            rows[f"{path.stem}: {', '.join(names)}"] = [
+                photo, data.heat(photo, cam.amax(0)), *tinted]
     finally:  # what cannot be read ends in an error; the others are shown
         if rows:
             columns = max(map(len, rows.values()))
@@ -516,20 +515,24 @@ def chart(size, title, series, level=(), band=(), height=None):
         low, high = low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9)
     depth = max(len(line) for line in series.values())
 
+    def x(layer):
+        return left + (right - left) * (layer + 0.5) / depth
+
+    def y(value):
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
     def points(values):
-        return [(left + (right - left) * (l + 0.5) / depth,
-                 bottom - (bottom - top) * (v - low) / (high - low)) for l, v in enumerate(values)]
+        return [(x(l), y(v)) for l, v in enumerate(values)]
 
     picture, font = Image.new("RGBA", (w, h), "white"), ImageFont.load_default(23)
     draw = ImageDraw.Draw(picture)
     draw.text((left, 10), title, "black", font)
     draw.rectangle((left, top, right, bottom), outline="grey")
     for tick in np.linspace(low, high, 5)[1:-1]:
-        (_, y), = points([tick])
-        draw.line((left, y, right, y), "lightgrey")
-        draw.text((4, y - 14), f"{tick:.3g}", "black", font)
-    for l, (x, _) in enumerate(points([low] * depth)):
-        draw.text((x - 8, bottom + 4), str(l), "black", font)
+        draw.line((left, y(tick), right, y(tick)), "lightgrey")
+        draw.text((4, y(tick) - 14), f"{tick:.3g}", "black", font)
+    for l in range(depth):
+        draw.text((x(l) - 8, bottom + 4), str(l), "black", font)
     for i, (name, line) in enumerate(series.items()):
         colour = CHART_COLOURS[i]
         if name in band:
@@ -541,9 +544,9 @@ def chart(size, title, series, level=(), band=(), height=None):
             draw = ImageDraw.Draw(picture)
         draw.line(points(line), colour, 4)
         if name in level:
-            (_, y), = points([level[name]])
-            for x in range(left, right, 16):
-                draw.line((x, y, x + 6, y), colour, 2)
+            dotted = y(level[name])
+            for dash in range(left, right, 16):
+                draw.line((dash, dotted, dash + 6, dotted), colour, 2)
         draw.text((left + i * (right - left) // 3, bottom + 36), name, colour, font)
     return picture.convert("RGB").resize(size, Image.LANCZOS)
 

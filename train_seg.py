@@ -344,8 +344,7 @@ def segment_photos(args, device):
         overlay = target.with_suffix(".overlay.jpg")
         data.write_mask(target, mask)
         photo, shown = data.for_display(pixels, mask)
-        picture = data.outline(data.tint(photo, shown), shown)
-        data.write_overlay(overlay, picture, found)
+        data.write_overlay(overlay, data.tint(photo, shown), found)
         print(f"{path.name}: {', '.join(found) or 'background alone'}  ->  {target}, "
               f"{overlay.name}", flush=True)
 
