@@ -22,7 +22,6 @@ endif
 # one thread: the number of cores does not change the rounding
 photo demo: export OMP_NUM_THREADS = 1
 photo: $(READY)
-	-$(PY) train_seg.py --photos $(PHOTOS) --out $(MODEL)
 	$(PY) evaluate.py --what pictures --photos $(PHOTOS) --rows normalised --out $(MODEL)
 
 demo: $(READY)

@@ -4,7 +4,7 @@ Reads  ground truth and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
        layers              <out>/cls/last.pt: the seed refined by each layer, and its smoothness
        pictures            <out>/cls/last.pt (CAMs and pseudo-masks are made anew), <out>/pred;
-                           of --photos <out>/photos in place of ground truth and <out>/pred
+                           of --photos <out>/seg/last.pt in place of <out>/pred and ground truth
        submission          <out>/pred/<split>, packed for the VOC server; no ground truth
        with --before OUT, layers and pictures show that run's classifier beside this one
 Writes a record of what is scored to <out>/results.json; <out>/{layers.json, layers.png,
@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 import aream
 import data
 import refine
+import train_seg
 
 THRESHOLDS = torch.arange(101) / 100  # background scores of the curve
 FIXED_THRESHOLD = 0.45  # the middle of refine.LOW and HIGH, never tuned
@@ -483,21 +484,23 @@ def draw_pictures(dataset, args, device):
 
 
 def draw_photos(args, device):
-    """One row per photograph: photo, CAM, pseudo-mask; DeepLab's mask if train_seg.py made it."""
+    """One row per photograph: photo, CAM, pseudo-mask, and DeepLab's mask, if <out> has a DeepLab."""
     rows, titles = {}, ["photo", "CAM, refined", "pseudo-mask (pale: undecided)", "DeepLab"]
+    net = None
+    if (args.out / "seg" / "last.pt").is_file():
+        net, _ = train_seg.load_trained(args, None, device)
     try:
         for path, pixels, names, cam, mask in refine.refined_photos(args, device):
-            masks, predicted = [mask], args.out / "photos" / f"{path.stem}.png"
-            if predicted.is_file():
-                masks.append(data.read_mask(predicted, size=pixels.shape[-2:]))
+            masks = [mask]
+            if net:
+                masks.append(train_seg.predict_photograph(net, pixels, [1.0], args, device))
             photo, *masks = data.for_display(pixels, *masks)
             tinted = [data.tint(photo, mask) for mask in masks]
             rows[f"{path.stem}: {', '.join(names)}"] = [
                 photo, data.heat(photo, cam.amax(0)), *tinted]
     finally:  # what cannot be read ends in an error; the others are shown
         if rows:
-            columns = max(map(len, rows.values()))
-            contact_sheet(args.out / "photos.png", titles[:columns], rows, 220)
+            contact_sheet(args.out / "photos.png", titles if net else titles[:-1], rows, 220)
             print(f"{args.out / 'photos.png'} shows {len(rows)} photographs")
 
 
@@ -635,8 +638,8 @@ def parse_args(argv=None):
     add("--images", type=data.number(int, 1), default=8, metavar="N",
         help="how many images pictures shows (default %(default)s)")
     add("--photos", nargs="+", type=Path, metavar="PATH",
-        help="pictures shows these photographs (files, folders) instead, with the masks that "
-             "train_seg.py --photos made of them")
+        help="pictures shows these photographs (files, folders) instead, with the masks of the "
+             "DeepLab of <out>/seg, at one scale")
     add("--deep-from", type=data.number(int, 1), metavar="L",
         help="for layers: first deep layer, 0-based (default: the checkpoint's)")
     refine.refining_arguments(parser)  # for layers and pictures, which make CAMs
