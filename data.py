@@ -33,6 +33,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def download(name, root):
     for address, md5, folder in ARCHIVES[name]:
         try:
             download_and_extract_archive(address, fetched, Path(root) / folder, md5=md5)
-        except (RuntimeError, OSError, EOFError) as error:  # a wrong checksum is a RuntimeError
+        except (RuntimeError, OSError, EOFError, HTTPException) as error:  # RuntimeError: checksum
             raise UserError(f"{address} could not be fetched and extracted ({error}): try again, "
                             f"or fetch it elsewhere, put it into {fetched} and give the same "
                             "command") from error
@@ -242,7 +243,8 @@ class VOC(ImageSet):
         if not images.is_dir():
             remedy = "it is part of the VOC layout"
             if self.name == "VOC2012":
-                remedy = "add --download, or extract VOCtrainval_11-May-2012.tar under --data-root"
+                remedy = ("train_cls.py --download fetches it; or extract "
+                          "VOCtrainval_11-May-2012.tar under --data-root")
             raise UserError(f"no folder {images}: {remedy} (see README)")
         for file in sorted(os.listdir(images)):
             stem, extension = os.path.splitext(nfc(file))
@@ -362,7 +364,8 @@ class VOC(ImageSet):
             path = on_disk(folder / f"{name}.png")
             if path.is_file():
                 return path
-        raise UserError(f"no ground truth {name}.png in {' or '.join(map(str, folders))}")
+        raise UserError(f"no ground truth {name}.png in {' or '.join(map(str, folders))}: add it, "
+                        "or give another --split")
 
     def mask(self, name):
         return read_mask(self.mask_path(name), len(self.classes))
@@ -384,11 +387,11 @@ class COCO(ImageSet):
         if split not in ("train", "val"):
             raise UserError(f"no split {split!r} in COCO 2014: use train or val")
         if not self.folder.is_dir():
-            raise UserError(f"no folder {self.folder}: add --download, or extract "
-                            f"{split}2014.zip there (see README)")
+            raise UserError(f"no folder {self.folder}: train_cls.py --download fetches it; or "
+                            f"extract {split}2014.zip there (see README)")
         if not self.source.is_file():
-            raise UserError(f"no file {self.source}: add --download, or extract "
-                            "annotations_trainval2014.zip")
+            raise UserError(f"no file {self.source}: train_cls.py --download fetches it; or "
+                            "extract annotations_trainval2014.zip")
         remedy = "it must be laid out as COCO's instances files"
         record = read_json(self.source, remedy)
         with reading(self.source, remedy):
@@ -733,7 +736,7 @@ def decode_mask(image, num_classes):
 
     Grey levels and palette indices are values, other colours VOC's. Optimisers re-index palettes
     ([0, 3] becomes [0, 1] with the same colours): ValueError where an index has the colour, or the
-    grey level, of another class.
+    grey level, of another class, or the background's black.
     """
     if image.mode == "1":
         return np.array(image) * IGNORE  # as in a file of 8 bits
@@ -743,6 +746,9 @@ def decode_mask(image, num_classes):
         index, palette = np.array(image), image.getpalette("RGB")
         for value in np.unique(index).tolist():
             r, g, b = colour = tuple(palette[3 * value:3 * value + 3])
+            if value and not any(colour) and any(palette[:3]):
+                raise ValueError(f"value {value} is black, as the background is, and 0 is not: "
+                                 "save it again in VOC's palette, or as grey values")
             as_grey = r if r == g == b and r <= num_classes else 0
             means = {VOC_VALUES.get(colour, 0), as_grey} - {0}  # the classes it could stand for
             if means and value not in means:
@@ -912,6 +918,7 @@ def read_photos(paths):
             errors.append(str(error))
             continue
         yield path, TF.pil_to_tensor(image)
+    wait_for_all()  # torchrun stops the others when one process ends in an error
     if left_out:
         print("not read:", ", ".join(f"{count} {why}" for why, count in left_out.items()))
     if errors:
@@ -1162,6 +1169,24 @@ def need_optimizer(checkpoint, path):
                         "to 4 and photographs; train another --out from the start")
 
 
+def look_at_epoch(checkpoint, path):
+    """Say so where training stopped before its end."""
+    epoch, epochs = checkpoint["epoch"], checkpoint["config"].get("epochs", 0)
+    if epoch < epochs:
+        say_once(f"look: {path} is of epoch {epoch} of {epochs}; training goes on with --resume")
+
+
+def look_at_origin(folder, key, path):
+    """Say so where a folder's files were made from another checkpoint than the one at path.
+
+    key: what its args.json calls that checkpoint.
+    """
+    settings = folder / "args.json"
+    if settings.is_file() and Path(path).is_file():
+        if read_json(settings, "delete it").get(key) not in (None, file_digest(path)):
+            say_once(f"look: {folder} was made from another {path}; --overwrite makes it again")
+
+
 # Flags that may differ when a run is resumed; and those that may name a file or a folder.
 # What --branch-from names is compared by its content.
 FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "out", "data_root", "download",
@@ -1212,6 +1237,11 @@ def prepare_folder(folder, args, settings):
             for temporary in folder.glob(".*.tmp"):  # what replacing() left when it was killed
                 temporary.unlink(missing_ok=True)
         elif used and args.overwrite:
+            for value in vars(args).values():
+                named = isinstance(value, (str, Path)) and Path(value).resolve()
+                if named and named.is_relative_to(folder.resolve()):
+                    raise UserError(f"--overwrite would delete {value}, which this run reads: use "
+                                    "another --out")
             with given("--overwrite", f"look at {folder}"):
                 shutil.rmtree(folder)
         elif used:
@@ -1291,8 +1321,7 @@ def distributed(model, device):
     if cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(
-        model, [device.index] if cuda else None, broadcast_buffers=not cuda,
-        gradient_as_bucket_view=True)
+        model, [device.index] if cuda else None, gradient_as_bucket_view=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1334,6 +1363,9 @@ def explain(error):
     if isinstance(error, RuntimeError) and "shared memory" in text:
         return ("error: the loader's workers have too little shared memory: use --workers 0, or "
                 "give a container more (docker run --shm-size 2g)"), 2
+    if isinstance(error, torch.OutOfMemoryError):
+        return (f"error: the GPU's memory is full ({text.splitlines()[0]}): use a smaller --batch "
+                "or --size, for whole images a smaller --max-side"), 2
     return "".join(traceback.format_exception(error)).rstrip(), 1
 
 
@@ -1392,7 +1424,7 @@ def argument_parser(description):
 
 def recipe(argv, recipes):
     """The defaults of a data set: recipes by the name that follows --data, or of "VOC2012"."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder = Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--data")
     name = finder.parse_known_args(argv)[0].data
     return recipes.get(name, recipes["VOC2012"])
@@ -1409,6 +1441,9 @@ def setup(args):
 
     Sets args.out and args.precision, the seed and --deterministic, and joins other processes.
     """
+    for key, value in vars(args).items():
+        if isinstance(value, (str, Path)) and str(value).startswith("~"):  # as in --out=~/runs
+            setattr(args, key, type(value)(os.path.expanduser(value)))
     args.out, device = Path(args.out or Path("runs") / Path(args.data).resolve().name), None
     try:
         device = torch.device(args.device)
@@ -1445,5 +1480,8 @@ def native_bfloat16(device):
 
 
 def autocast(device, precision):
-    """Matrix products in precision ("bfloat16", "float32"); the rest stays float32."""
+    """Matrix products in precision; the rest stays float32.
+
+    precision: "bfloat16" or "float32" (on CUDA convolutions are then TF32, as torch has them).
+    """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

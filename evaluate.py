@@ -125,9 +125,13 @@ def rank_correlation(table, measures, threshold):
     entropy, the worse the seed refined by that layer alone, as re-activation weights presume; near
     0: entropy says nothing.
     """
-    miou = [table[f"layer {l}"][threshold] for l in range(len(measures["entropy"]))]
-    ranks = [np.argsort(np.argsort(values)) for values in (measures["entropy"], miou)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    def ranks(values):
+        x = np.array(values)[:, None]
+        return (x > x.T).sum(1) + (x == x.T).sum(1) / 2  # equal values share their mean rank
+
+    entropy = measures["entropy"]
+    miou = [table[f"layer {l}"][threshold] for l in range(len(entropy))]
+    return float(np.corrcoef(ranks(entropy), ranks(miou))[0, 1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -228,7 +232,8 @@ def evaluate_layers(dataset, model, deep_from, args, device):
     Figure 1; "unrefined" is the patch map times the class tokens' attention), and measures: lists
     over the layers, means over the images (Figure 3): "entropy" in bits (aream.layer_entropy),
     "distance" (aream.row_distance), "top" (aream.top_share), "objects" and "background" (the share
-    of such patches' attention that class tokens get), "w_hat" (what --reactivation entropy gives).
+    of such patches' attention that class tokens get), "w_hat" (the counterpart weight of these
+    entropies; --reactivation entropy takes it from plain rows).
     """
     shallow, deep = aream.coupled_layers(len(model.blocks), "split", deep_from)
     every = (*shallow, *deep)
@@ -339,15 +344,20 @@ def heading(args, dataset):
 
 def need_outputs(args, dataset, folder, suffix):
     """Files of stage 2 (cam, pseudo) or 3 (pred/<split>): all there, and of the same classes."""
-    if folder.parent == args.out:
-        path, remedy = folder / "args.json", f"make them with refine.py --split {args.split}"
-    else:
-        path = args.out / "seg" / "args.json"
-        remedy = f"make them with train_seg.py --predict-only --resume --predict-split {args.split}"
+    of_stage_2 = folder.parent == args.out
+    path = (folder if of_stage_2 else args.out / "seg") / "args.json"
     before = data.read_json(path, "delete it") if path.is_file() else {}
-    if "refine.py" in remedy and before:
-        limit = f" --limit {before['limit']}" if before["limit"] else ""
-        remedy += f" --resume; what is there was made with --split {before['split']}{limit}"
+    if not of_stage_2:
+        remedy = f"make them with train_seg.py --predict-only --resume --predict-split {args.split}"
+        data.look_at_origin(folder, "model", args.out / "seg" / "last.pt")
+    else:
+        remedy = f"make them with refine.py --split {args.split}"
+        data.look_at_origin(folder, "classifier", args.out / "cls" / "last.pt")
+        if before and (before["split"], before["limit"]) == (args.split, args.limit):
+            remedy += " --resume"
+        elif before:
+            limit = f" --limit {before['limit']}" if before["limit"] else ""
+            remedy += f" --overwrite; what is there was made with --split {before['split']}{limit}"
     if before and Path(before["data"]).name != dataset.name:
         raise data.UserError(f"{folder} is of {before['data']}, not of {dataset.name}: give the "
                              "--out of such a run")
@@ -394,10 +404,11 @@ def score_predictions(dataset, args, device):
 
 def score_layers(dataset, args, device):
     model, config = refine.load_classifier(args.out / "cls" / "last.pt", dataset, device)
-    deep_from = args.deep_from or config["deep_from"]
-    if deep_from >= len(model.blocks):
-        raise data.UserError(f"--deep-from {deep_from}: the classifier has {len(model.blocks)} "
-                             "layers")
+    depth = len(model.blocks)
+    deep_from = args.deep_from or min(config["deep_from"], depth - 1)
+    if not 0 < deep_from < depth:
+        raise data.UserError(f"--deep-from {deep_from} with {depth} layers: it must leave layers "
+                             "on both sides")
     table, measures = evaluate_layers(dataset, model, deep_from, args, device)
     print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
     print_layers(table, measures, deep_from)
@@ -671,7 +682,7 @@ def main(argv=None):
     if data.rank():
         return
     record = {"what": args.what, "data": dataset.name, "split": args.split,
-              "images": len(dataset.ids), "precision": args.precision, **scored,
+              "images": len(dataset.ids), **scored,
               "seconds": round(time.time() - begin, 1)}
     data.append_result(args.out, record)
     if args.what == "layers":  # last: a study takes the file as the sign that this run is done

@@ -292,17 +292,26 @@ def plain_weights(found):
     return {key.removeprefix("module."): value for key, value in found.items()}
 
 
+def download_weights(address):
+    """The state dict at an address, through torch.hub's cache, or FileNotFoundError."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name
+    try:
+        return torch.hub.load_state_dict_from_url(address, map_location="cpu", check_hash=True,
+                                                  weights_only=True)
+    except Exception as error:  # no connection, a wrong checksum, half a file in the cache
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        remedy = "fetch it elsewhere and give its path"
+        if cached.is_file():
+            remedy = f"{cached} is damaged, delete it"
+        raise FileNotFoundError(f"could not load {address} ({reason}): {remedy}") from error
+
+
 def read_weights(source, preset):
     """The state dict in a file, or the preset's public one ("auto"); no code in it is run."""
     if source == "auto":
         if preset not in DEIT_URLS:
             raise ValueError(f"there are no public weights for preset {preset!r}")
-        try:
-            return torch.hub.load_state_dict_from_url(
-                DEIT_URLS[preset], map_location="cpu", check_hash=True, weights_only=True)
-        except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
-            raise FileNotFoundError(f"could not download {DEIT_URLS[preset]} ({error}): fetch it "
-                                    "elsewhere and give its path") from error
+        return download_weights(DEIT_URLS[preset])
     if not Path(source).is_file():
         raise FileNotFoundError(f"no weights at {source}")
     try:

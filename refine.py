@@ -113,6 +113,7 @@ def random_walk(score, affinity, beta=1.0, steps=1):
     score, affinity = score.float(), affinity.float()
     if steps == 1 and beta == 1:
         return aream.propagate(affinity, score)
+    affinity = affinity / affinity.amax(-1, keepdim=True).clamp_min(1e-12)  # or beta 8 underflows
     transition = aream.normalise_rows(affinity**beta)
     for _ in range(steps):
         score = aream.propagate(transition, score)
@@ -297,6 +298,7 @@ def parse_layers(text, depth):
 def load_classifier(path, dataset, device):
     """The stage-1 model in eval mode, and its config; dataset: what it was trained on."""
     checkpoint = data.read_checkpoint(path, "cls", dataset)
+    data.look_at_epoch(checkpoint, path)
     config = checkpoint["config"]
     model = vit.build(config["preset"], len(config["classes"]), depth=config["depth"],
                       image_size=config["size"])
@@ -478,8 +480,9 @@ def main(argv=None):
 
     # done
     seconds = time.time() - begin
-    data.log_line(masks, {"images": len(dataset.ids), "refined": len(todo),
-                          "images/s": len(todo) / seconds, "precision": args.precision,
+    refined = data.sum_over_all(torch.tensor(len(todo), device=device)).item()
+    data.log_line(masks, {"images": len(dataset.ids), "refined": refined,
+                          "images/s": refined / seconds, "precision": args.precision,
                           "seconds": seconds})
 
 

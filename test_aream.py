@@ -297,14 +297,20 @@ def test_wrong_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("problem", [OSError("no route"), RuntimeError("invalid hash value")])
-def test_download_failure_names_the_remedy(monkeypatch, problem):
+def test_download_failure_names_the_remedy(tmp_path, monkeypatch, problem):
     def offline(url, **kwargs):
         assert url == vit.DEIT_URLS["deit_tiny"]
         assert kwargs["weights_only"] and kwargs["check_hash"]
         raise problem
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with refused(f"could not download .*{problem}.*give its path"):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
+    with refused(f"could not load https.*{problem}.*give its path"):
+        vit.load_pretrained(vit.build("deit_tiny", 20), "auto")
+    cached = tmp_path / "checkpoints" / Path(vit.DEIT_URLS["deit_tiny"]).name
+    cached.parent.mkdir()
+    cached.write_bytes(b"half a file")
+    with refused(f"could not load https.*{problem}.*{cached} is damaged, delete it"):
         vit.load_pretrained(vit.build("deit_tiny", 20), "auto")
 
 
@@ -340,6 +346,9 @@ def test_random_walk():
     expected = (transition @ transition @ transition @ score[0].flatten(1).T).T.view(2, 2, 2)
     assert_close(refine.random_walk(score, affinity, beta=2.0, steps=3)[0], expected)
     assert_close(refine.random_walk(score, torch.eye(4)[None], steps=5), score)
+    small = torch.rand(1, 400, 400).softmax(-1)  # whose eighth powers are nothing in float32
+    constant = torch.ones(1, 1, 20, 20)
+    assert_close(refine.random_walk(constant, small, beta=8.0, steps=2), constant)
     with refused("steps -1"):
         refine.random_walk(score, affinity, steps=-1)
 
@@ -514,7 +523,8 @@ def test_scores_of_pseudo_masks_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("miou, correlation", [
-    ([60, 50, 49, 1], -1), ([1, 2, 3, 4], 1), ([20, 30, 40, 10], -0.2)])  # 1 - 6 * 12 / 60
+    ([60, 50, 49, 1], -1), ([1, 2, 3, 4], 1), ([20, 30, 40, 10], -0.2),  # 1 - 6 * 12 / 60
+    ([5, 5, 3, 3], -2 / 5**0.5)])  # ranks 3.5, 3.5, 1.5, 1.5
 def test_rank_correlation_of_entropy_and_miou(miou, correlation):
     table = {f"layer {l}": {"fixed": value} for l, value in enumerate(miou)}
     got = evaluate.rank_correlation(table, {"entropy": [5.0, 5.5, 6.0, 9.0]}, "fixed")
@@ -885,9 +895,21 @@ def test_refine_makes_only_what_is_missing(own):
 
 
 def test_other_images_than_were_refined(own):
-    with refused("4 of 20 files are missing .*; make them with refine.py --split train --resume; "
+    with refused("4 of 20 files are missing .*; make them with refine.py --split train --overwrite; "
                  "what is there was made with --split train --limit 16"):
         call(evaluate, own.out, "--what cam --limit 20")
+    (own.out / "cam" / "toy_train_0003.npz").unlink()
+    with refused("1 of 16 files are missing .*; make them with refine.py --split train --resume"):
+        own.evaluate("cam")
+
+
+def test_another_or_a_half_trained_classifier_is_mentioned(own, capsys):
+    data.say_once.cache_clear()
+    shutil.copy(own.plain / "cls" / "warmup.pt", own.out / "cls" / "last.pt")
+    for what, message in (("cam", r"look: .*cam was made from another .*last.pt; --overwrite"),
+                          ("layers", "look: .*last.pt is of epoch 1 of 2; training goes on with")):
+        own.evaluate(what)
+        assert re.search(message, capsys.readouterr().out)
 
 
 def test_what_resume_refuses(own):
@@ -1443,6 +1465,8 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "value 0 has the colour"),
     ("grey levels re-indexed", lambda f: f.palette([BLACK, (3, 3, 3)]), mask_of,
      r"value 1 has the colour \(3, 3, 3\)"),
+    ("palette reversed", lambda f: f.palette([(9, 9, 9), BLACK], (1, 0)), mask_of,
+     "value 1 is black, as the background is, and 0 is not: save it again"),
     ("another palette is for display", lambda f: f.palette([(9, 9, 9), RED]), mask_of, [0, 1]),
     ("black and white is for display", lambda f: f.palette([BLACK, WHITE]), mask_of, [0, 1]),
     ("a grey palette in order", lambda f: f.palette(GREYS), mask_of, [0, 1]),
@@ -1609,7 +1633,7 @@ def test_a_lists_name_does_not_say_where_masks_are(tmp_path, split):
                 voc / "ImageSets" / "Segmentation" / f"{split}.txt")
     dataset = data.open_data("VOC2012", tmp_path, split)
     assert values(dataset.mask("a")) == {0, 8} and values(dataset.mask("b")) == {0, 15}
-    with refused("no ground truth a.png in .*SegmentationClass$"):
+    with refused("no ground truth a.png in .*SegmentationClass: add it, or give another --split"):
         data.open_data("VOC2012", tmp_path, "train").mask("a")
 
 
@@ -1737,13 +1761,31 @@ def test_own_data_through_all_stages(tmp_path, capsys):
             evaluate.main([*folder.common, "--what", what])
     with refused("last.pt and .*classes.txt disagree about the classes"):
         refine.main([*folder.common, "--overwrite"])
+    with refused("pseudo/args.json and .*classes.txt disagree about the classes"):
+        train_seg.main([*folder.common, *MOBILENET, "--overwrite"])
+
+
+def test_masks_of_val_are_enough(tmp_path, capsys):
+    """Its image labels serve nothing but class mAP."""
+    folder = Folder(tmp_path)
+    folder.list.write_text("a\nb\nc\n")
+    folder.xml.with_name("d.xml").write_text("<annotation></annotation>")
+    train_cls.main([*folder.common, *ONE_EPOCH, "64"])
+    assert "no class mAP: " in capsys.readouterr().out
+
+
+def test_a_home_folder_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = refine.parse_args(["--out=~/runs", "--data-root=~/data"])
+    data.setup(args)
+    assert (args.out, args.data_root) == (Path("/home/someone/runs"), "/home/someone/data")
 
 
 def test_own_data_without_a_val_list(tmp_path, capsys):
     folder = Folder(tmp_path)
     folder.list.with_name("val.txt").unlink()
     train_cls.main([*folder.common, *ONE_EPOCH, "64"])
-    assert "no class mAP: " in capsys.readouterr().out
+    assert "no class mAP: there is no" in capsys.readouterr().out
     refine.main(folder.common)
     with refused("no split 'val'"):
         train_seg.main([*folder.common, *MOBILENET])
@@ -1834,7 +1876,7 @@ def test_a_download_that_fails(served, tmp_path, changed, message):
     served(**changed)
     with refused(f"voc.tar could not be fetched and extracted .*{message}"):
         data.download("VOC2012", tmp_path / "data")
-    with refused("add --download"):
+    with refused("train_cls.py --download fetches it"):
         data.open_data("VOC2012", tmp_path / "data", "train")
 
 
@@ -1956,7 +1998,10 @@ def test_the_users_errors_are_one_line(stage, flags, message, tmp_path, capsys, 
     (lambda: fail(RuntimeError("worker (pid 7) is killed by signal: Bus error. It is possible "
                                "that dataloader's workers are out of shared memory.")), 2,
      "error: the loader's workers have too little shared memory: use --workers 0, or give a "
-     "container more (docker run --shm-size 2g)\n")])
+     "container more (docker run --shm-size 2g)\n"),
+    (lambda: fail(torch.OutOfMemoryError("Tried to allocate 2 GiB.\nmore")), 2,
+     "error: the GPU's memory is full (Tried to allocate 2 GiB.): use a smaller --batch or --size, "
+     "for whole images a smaller --max-side\n")])
 def test_errors_are_one_line(capsys, main, code, printed):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     with pytest.raises(SystemExit) as left:
@@ -2048,7 +2093,7 @@ def test_what_resume_branch_and_overwrite_refuse(own, tmp_path):
             (tmp_path / "deeper", f"--depth 4 --epochs 3 --branch-from {last}",
              "the checkpoint to go on from has .*; give the same settings"),
             (own.plain, f"--epochs 3 --overwrite --branch-from {last}",
-             "--overwrite would delete .*last.pt, from which to branch")):
+             "--overwrite would delete .*last.pt, which this run reads")):
         with refused(message):
             train(out, flags)
     assert last.is_file() and (own.plain / "cls" / "args.json").is_file()
@@ -2073,6 +2118,22 @@ def test_a_released_model_serves_all_but_training(own, tmp_path):
             train(model if begin == "--resume" else tmp_path / "other", f"--epochs 3 {begin}")
     with refused("model/seg/last.pt holds weights without the optimiser's state: it serves"):
         call(train_seg, model, "--limit 16 --batch 4 --epochs 2 --resume")
+
+
+def test_no_epoch_is_missing_in_the_log(tmp_path, monkeypatch):
+    """A full disk between the log and the checkpoint."""
+    def log_line(folder, record):
+        if record.get("epoch") == 2:
+            raise data.UserError("disk full")
+        written(folder, record)
+
+    written = data.log_line
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "log_line", log_line)
+        with refused("disk full"):
+            train(tmp_path)
+    train(tmp_path, "--resume")
+    assert [line.get("epoch") for line in data.read_log(tmp_path / "cls")] == [1, 2, None]
 
 
 def test_same_seed_same_bits(tmp_path):
@@ -2188,7 +2249,10 @@ def test_two_processes_train_and_refine_like_one(tmp_path):
     flags = "--limit 16 --batch 4 --epochs 1".split()
     done = torchrun(2, HERE / "train_seg.py", *toy, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(list((two / "pred" / "val").glob("*.png"))) == 16
+    together = {path.name: path.read_bytes() for path in (two / "pred" / "val").glob("*.png")}
+    call(train_seg, two, "--limit 16 --predict-only --overwrite")  # of what last.pt holds
+    assert len(together) == 16
+    assert all((two / "pred" / "val" / name).read_bytes() == together[name] for name in together)
 
     for what in ("layers", "cam", "pseudo"):
         call(evaluate, one, f"--limit 16 --what {what}")

@@ -298,9 +298,6 @@ def restore(model, optimizer, args, dataset, folder):
                 vit.load_pretrained(model, args.pretrained)
         return None
 
-    if args.overwrite and Path(path).resolve().is_relative_to(folder.resolve()):
-        raise data.UserError(f"--overwrite would delete {path}, from which to branch: use another "
-                             "--out")
     checkpoint = data.read_checkpoint(path, "cls", dataset)
     if path == args.branch_from and checkpoint["epoch"] >= args.epochs:
         raise data.UserError(f"{path} is already at epoch {checkpoint['epoch']}: give more than "
@@ -316,6 +313,26 @@ def restore(model, optimizer, args, dataset, folder):
         settings = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
     return checkpoint
+
+
+def validation_set(args, dataset):
+    """The val split, for class mAP; None, with a line that says why, where own data has no labels.
+
+    Masks of val alone are enough for stages 3 and 4.
+    """
+    own = args.data not in data.DATASETS
+    val_list = Path(args.data) / "ImageSets" / "Segmentation" / "val.txt"
+    if own and not val_list.is_file():
+        data.say_once(f"no class mAP: there is no {val_list}")
+        return None
+    val = data.open_split(args, "val", like=dataset)
+    try:
+        return ClassificationSet(val, args.size)
+    except data.UserError as error:
+        if not own:
+            raise
+        data.say_once(f"no class mAP: {error}")
+        return None
 
 
 def describe(dataset, image_labels):
@@ -382,6 +399,8 @@ def parse_args(argv=None):
     # what follows from other flags
     preset = vit.PRESETS[args.preset]
     depth = args.depth or preset["depth"]
+    if depth == preset["depth"]:
+        args.depth = None
     args.split = args.split or data.training_split(args.data)
     if args.lr is None:
         args.lr = 5e-4 * args.batch / 512
@@ -410,16 +429,13 @@ def main(argv=None):
     device = data.setup(args)
     folder = args.out / "cls"
 
-    # data; own data may have no val list
+    # data
     if args.download and not data.rank():
         data.download(args.data, args.data_root)
     data.wait_for_all()
     dataset = data.open_split(args, args.split)
     samples = ClassificationSet(dataset, args.size, args.augment)
-    val_list = Path(args.data) / "ImageSets" / "Segmentation" / "val.txt"
-    val = None
-    if args.data in data.DATASETS or val_list.is_file():
-        val = ClassificationSet(data.open_split(args, "val", like=dataset), args.size)
+    val = validation_set(args, dataset)
     describe(dataset, samples.labels)
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
 
@@ -458,21 +474,19 @@ def main(argv=None):
         if uses_aream(args, epoch):
             guidance = Guidance(guide, supervised, static_entropy)
         record = train_one_epoch(wrapped, optimizer, loader, args, epoch, guidance)
+        per_epoch = (time.time() - begin) / (epoch + 1 - first)
+        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
+        data.log_line(folder, record)  # before the checkpoint: --resume cuts lines beyond it
         if epoch + 1 == args.warmup_epochs:
             save("warmup.pt", epoch + 1)
         due = time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS
         if due or epoch + 1 in (args.warmup_epochs, args.epochs):
             save("last.pt", epoch + 1)
             saved = time.time()
-        per_epoch = (time.time() - begin) / (epoch + 1 - first)
-        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
-        data.log_line(folder, record)
 
     # class mAP, for information: no checkpoint is chosen by it
     if not data.rank():
-        if val is None:
-            print(f"no class mAP: {args.data} has no val list")
-        else:
+        if val is not None:
             data.log_line(folder, {"val_class_mAP": validate(model, val, args, device),
                                    "device": data.device_name(device)})
         print(f"{folder / 'last.pt'} written in {(time.time() - begin) / 60:.1f} minutes on "

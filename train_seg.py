@@ -125,16 +125,11 @@ def build(arch, num_classes, classifier=None):
 
 def load_backbone(net, arch, source):
     """ImageNet weights into a CNN backbone; source "auto" (torchvision's) or a path."""
-    if source == "auto":  # of classification: torchvision's segmentation weights saw pixel labels
-        weights = get_model_weights(arch.removeprefix("deeplabv3_")).IMAGENET1K_V1
-        try:
-            found = weights.get_state_dict(progress=True, check_hash=True)
-        except (RuntimeError, OSError) as error:  # a wrong checksum, no connection
-            raise data.UserError(f"could not download {weights.url} ({error}); fetch it elsewhere "
-                                 "and give its path with --pretrained PATH, or use --pretrained "
-                                 "none") from error
-    else:
-        with data.given("--pretrained", "give a file of ImageNet weights, auto or none"):
+    with data.given("--pretrained", "give a file of ImageNet weights, auto or none"):
+        if source == "auto":  # of classification: torchvision's for segmentation saw pixel labels
+            weights = get_model_weights(arch.removeprefix("deeplabv3_")).IMAGENET1K_V1
+            found = vit.download_weights(weights.url)
+        else:
             found = vit.plain_weights(vit.read_weights(source, arch))
     own = net.backbone.state_dict()
     if arch == "deeplabv3_mobilenet_v2":  # layers 0, 1, ... here, features.0 ... there
@@ -293,11 +288,15 @@ def check_flags(args, masks, device):
 
 
 def check_masks(dataset, masks):
-    """UserError if a folder lacks masks, holds ground truth, or its first 200 masks no class."""
+    """UserError unless masks are there, of these classes, no ground truth, and show any class."""
     if masks.resolve() in [folder.resolve() for folder in dataset.ground_truth_folders()]:
         raise data.UserError(f"{masks} is pixel ground truth: training on it would not be weakly "
                              "supervised; give the pseudo-masks of refine.py")
     data.need_files(masks, dataset.ids, ".png", "make them with refine.py, in the same --out")
+    settings = masks / "args.json"  # of masks that refine.py made
+    if settings.is_file():
+        classes = data.read_json(settings, "delete it").get("class_names", dataset.classes)
+        data.need_same_classes(classes, settings, dataset.classes, dataset.source)
     for name in dataset.ids[:200]:
         mask = data.read_mask(masks / f"{name}.png", len(dataset.classes))
         if ((mask > 0) & (mask != data.IGNORE)).any():
@@ -319,6 +318,7 @@ def read_classifier(args, dataset):
 def load_trained(args, dataset, device):
     """The DeepLab of <out>/seg in eval mode, and its config; dataset: what it was trained on."""
     checkpoint = data.read_checkpoint(args.out / "seg" / "last.pt", "seg", dataset)
+    data.look_at_epoch(checkpoint, args.out / "seg" / "last.pt")
     config = checkpoint["config"]
     net = build(config["arch"], len(config["classes"]), config["classifier"])
     net.load_state_dict(checkpoint["model"])
@@ -409,6 +409,8 @@ def main(argv=None):
     dataset = data.open_split(args, args.split)
     predicted = data.open_split(args, args.predict_split, like=dataset)
     check_masks(dataset, masks)
+    if args.masks is None:
+        data.look_at_origin(masks, "classifier", args.out / "cls" / "last.pt")
     samples = SegmentationSet(dataset, masks, args.size)
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
 
@@ -434,23 +436,27 @@ def main(argv=None):
         shutil.rmtree(args.out / "pred", ignore_errors=True)
     data.wait_for_all()
     config = {"data": dataset.name, "arch": args.arch, "classes": list(dataset.classes),
-              "classifier": classifier and classifier["config"], "scales": args.scales}
+              "classifier": classifier and classifier["config"], "scales": args.scales,
+              "epochs": args.epochs}
 
     # train
     wrapped = data.distributed(net, device)
     begin = saved = time.time()
     for epoch in range(first, args.epochs):
         record = train_one_epoch(wrapped, optimizer, loader, args, epoch)
+        per_epoch = (time.time() - begin) / (epoch + 1 - first)
+        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
+        data.log_line(folder, record)  # before the checkpoint: --resume cuts lines beyond it
         if epoch + 1 == args.epochs or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
             data.write_checkpoint(folder / "last.pt", {
                 "stage": "seg", "config": config, "epoch": epoch + 1,
                 "model": net.state_dict(), "optimizer": optimizer.state_dict()})
             saved = time.time()
-        per_epoch = (time.time() - begin) / (epoch + 1 - first)
-        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
-        data.log_line(folder, record)
 
-    # predict
+    # predict, in all processes with the batch statistics of the one that wrote the checkpoint
+    if data.world() > 1:
+        for buffer in net.buffers():
+            torch.distributed.broadcast(buffer, 0)
     predict_split(net, predicted, args.scales, args, device)
 
 
