@@ -495,7 +495,7 @@ def draw_pictures(dataset, args, device):
 
 
 def draw_photos(args, device):
-    """One row per photograph: photo, CAM, pseudo-mask, and DeepLab's mask, if <out> has a DeepLab."""
+    """One row per photograph: photo, CAM, pseudo-mask; DeepLab's mask, if <out> has a DeepLab."""
     rows, titles = {}, ["photo", "CAM, refined", "pseudo-mask (pale: undecided)", "DeepLab"]
     net = None
     if (args.out / "seg" / "last.pt").is_file():

@@ -26,6 +26,8 @@ rows() {
   row schedule/uniform-split-0.03 "${UNIFORM[@]}" --affinity-weight 0.03
   row schedule/uniform-split-0.3  "${UNIFORM[@]}" --affinity-weight 0.3
   row schedule/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
+  # the defaults of train_cls.py: the last row with two views
+  row schedule/default "${AREAM[@]}" --pair-labels two-views
   # the labels with PAR's nearer neighbours
   NEAR=(--par-dilations 1 2 4 8)
   row schedule/uniform-split-near "${UNIFORM[@]}" "${NEAR[@]}"
@@ -57,6 +59,7 @@ rows() {
   score rows/none          schedule/none          --rows normalised
   score rows/uniform-split schedule/uniform-split --rows normalised
   score rows/entropy-split schedule/entropy-split --rows normalised
+  score rows/entropy-all-0.3 schedule/entropy-all-0.3 --rows normalised
   score rows/uniform-split-near schedule/uniform-split-near --rows normalised
 
   # How else is the seed refined?
