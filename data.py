@@ -1237,10 +1237,9 @@ def prepare_folder(folder, args, settings):
             for temporary in folder.glob(".*.tmp"):  # what replacing() left when it was killed
                 temporary.unlink(missing_ok=True)
         elif used and args.overwrite:
-            for value in vars(args).values():
-                named = isinstance(value, (str, Path)) and Path(value).resolve()
-                if named and named.is_relative_to(folder.resolve()):
-                    raise UserError(f"--overwrite would delete {value}, which this run reads: use "
+            for path in [Path(v) for v in vars(args).values() if isinstance(v, (str, Path))]:
+                if path.resolve().is_relative_to(folder.resolve()):
+                    raise UserError(f"--overwrite would delete {path}, which this run reads: use "
                                     "another --out")
             with given("--overwrite", f"look at {folder}"):
                 shutil.rmtree(folder)

@@ -347,17 +347,17 @@ def need_outputs(args, dataset, folder, suffix):
     of_stage_2 = folder.parent == args.out
     path = (folder if of_stage_2 else args.out / "seg") / "args.json"
     before = data.read_json(path, "delete it") if path.is_file() else {}
-    if not of_stage_2:
-        remedy = f"make them with train_seg.py --predict-only --resume --predict-split {args.split}"
-        data.look_at_origin(folder, "model", args.out / "seg" / "last.pt")
-    else:
-        remedy = f"make them with refine.py --split {args.split}"
+    if of_stage_2:
         data.look_at_origin(folder, "classifier", args.out / "cls" / "last.pt")
+        remedy = f"make them with refine.py --split {args.split}"
         if before and (before["split"], before["limit"]) == (args.split, args.limit):
             remedy += " --resume"
         elif before:
             limit = f" --limit {before['limit']}" if before["limit"] else ""
             remedy += f" --overwrite; what is there was made with --split {before['split']}{limit}"
+    else:
+        data.look_at_origin(folder, "model", args.out / "seg" / "last.pt")
+        remedy = f"make them with train_seg.py --predict-only --resume --predict-split {args.split}"
     if before and Path(before["data"]).name != dataset.name:
         raise data.UserError(f"{folder} is of {before['data']}, not of {dataset.name}: give the "
                              "--out of such a run")
@@ -682,8 +682,7 @@ def main(argv=None):
     if data.rank():
         return
     record = {"what": args.what, "data": dataset.name, "split": args.split,
-              "images": len(dataset.ids), **scored,
-              "seconds": round(time.time() - begin, 1)}
+              "images": len(dataset.ids), **scored, "seconds": round(time.time() - begin, 1)}
     data.append_result(args.out, record)
     if args.what == "layers":  # last: a study takes the file as the sign that this run is done
         data.write_json(args.out / "layers.json", record)

@@ -892,11 +892,13 @@ def test_refine_makes_only_what_is_missing(own):
     gone.unlink()
     own.refine("--resume")
     assert gone.read_bytes() == content and there.stat().st_mtime_ns == when
+    own.refine("--overwrite")
+    assert gone.read_bytes() == content and there.stat().st_mtime_ns != when
 
 
 def test_other_images_than_were_refined(own):
-    with refused("4 of 20 files are missing .*; make them with refine.py --split train --overwrite; "
-                 "what is there was made with --split train --limit 16"):
+    with refused("4 of 20 files are missing .*; make them with refine.py --split train "
+                 "--overwrite; what is there was made with --split train --limit 16"):
         call(evaluate, own.out, "--what cam --limit 20")
     (own.out / "cam" / "toy_train_0003.npz").unlink()
     with refused("1 of 16 files are missing .*; make them with refine.py --split train --resume"):

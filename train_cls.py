@@ -400,7 +400,7 @@ def parse_args(argv=None):
     preset = vit.PRESETS[args.preset]
     depth = args.depth or preset["depth"]
     if depth == preset["depth"]:
-        args.depth = None
+        args.depth = None  # the same network, however it was asked for
     args.split = args.split or data.training_split(args.data)
     if args.lr is None:
         args.lr = 5e-4 * args.batch / 512

@@ -294,8 +294,8 @@ def check_masks(dataset, masks):
                              "supervised; give the pseudo-masks of refine.py")
     data.need_files(masks, dataset.ids, ".png", "make them with refine.py, in the same --out")
     settings = masks / "args.json"  # of masks that refine.py made
-    if settings.is_file():
-        classes = data.read_json(settings, "delete it").get("class_names", dataset.classes)
+    before = data.read_json(settings, "delete it") if settings.is_file() else {}
+    if classes := before.get("class_names"):
         data.need_same_classes(classes, settings, dataset.classes, dataset.source)
     for name in dataset.ids[:200]:
         mask = data.read_mask(masks / f"{name}.png", len(dataset.classes))
