@@ -33,7 +33,7 @@ demo: $(READY)
 	$(PY) evaluate.py --data toy --what pseudo $(LIMIT)
 	$(PY) train_seg.py --data toy --overwrite $(SEG)
 	$(PY) evaluate.py --data toy --what pred $(LIMIT)
-	$(PY) evaluate.py --data toy --what pictures --before runs/toy/plain --images 5
+	$(PY) evaluate.py --data toy --what pictures --before runs/toy/plain --limit 5
 	$(PY) -m results.study demo runs/toy/plain runs/toy
 
 test: $(READY)

@@ -16,7 +16,6 @@ In order:
 import argparse
 import atexit
 import csv
-import errno
 import hashlib
 import io
 import json
@@ -693,8 +692,7 @@ def read_image(path):
             image = ImageOps.exif_transpose(image)
         except Exception:  # broken metadata; the image itself is fine
             pass
-        if "transparency" in image.info:
-            image = image.convert("RGBA")
+        image.info.pop("transparency", None)  # colours are read as they are under it
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
@@ -738,8 +736,6 @@ def decode_mask(image, num_classes):
     ([0, 3] becomes [0, 1] with the same colours): ValueError where an index has the colour, or the
     grey level, of another class, or the background's black.
     """
-    if image.mode == "1":
-        return np.array(image) * IGNORE  # as in a file of 8 bits
     if image.mode == "L" or image.mode.startswith("I"):
         return np.array(image)
     if image.mode == "P":
@@ -769,15 +765,10 @@ def decode_mask(image, num_classes):
 # -------------------------------------------------------------------------------------------------
 # Loading. Images travel as uint8 and are normalised on the device.
 # -------------------------------------------------------------------------------------------------
-@lru_cache(maxsize=None)
-def per_channel(values, device):
-    """(3,) numbers -> (3, 1, 1) on the device, copied there once."""
-    return torch.tensor(values, device=device).view(3, 1, 1)
-
-
 def normalise(images):
     """uint8 (B, 3, H, W) -> float, ImageNet-normalised."""
-    mean, std = (per_channel(v, images.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None].to(
+        images.device, non_blocking=True)
     return (images.float() / 255 - mean) / std
 
 
@@ -928,12 +919,6 @@ def read_photos(paths):
 # -------------------------------------------------------------------------------------------------
 # The files of a run: one writer, one reader each
 # -------------------------------------------------------------------------------------------------
-REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "make room",
-            errno.EACCES: "allow writing there", errno.EROFS: "allow writing there",
-            errno.ENOTDIR: "a file is where a folder should be, use another --out",
-            errno.EEXIST: "a file is where a folder should be, use another --out"}
-
-
 @contextmanager
 def replacing(path):
     """Yields a temporary path, which takes the place of path if the block went well.
@@ -947,9 +932,8 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        remedy = REMEDIES.get(error.errno, "remove the cause")
         raise UserError(f"{path} could not be written ({error}): what was there is unchanged; "
-                        f"{remedy}, and give the same command again, a stage with --resume"
+                        "remove the cause and give the same command again, a stage with --resume"
                         ) from error
     finally:
         with suppress(OSError):  # what went wrong was said already
@@ -963,16 +947,11 @@ def write_picture(path, image):
         image.save(temporary, format=kind)
 
 
-def palette_image(mask):
-    """(H, W) mask -> PIL image in VOC's palette."""
+def write_mask(path, mask):
+    """(H, W) -> PNG in VOC's palette (0 background, 1..C, 255 ignore)."""
     image = Image.fromarray(np.asarray(mask, np.uint8))
     image.putpalette(VOC_COLOURS.ravel().tolist())
-    return image
-
-
-def write_mask(path, mask):
-    """(H, W) -> palette PNG (0 background, 1..C, 255 ignore)."""
-    write_picture(path, palette_image(mask))
+    write_picture(path, image)
 
 
 def for_display(pixels, *masks, most=1600):
@@ -1018,13 +997,9 @@ def write_overlay(path, picture, legend):
     for i, (name, value) in enumerate(legend.items()):
         top = picture.shape[0] + 16 * i
         draw.rectangle((4, top + 3, 14, top + 13), fill=tuple(VOC_COLOURS[value].tolist()))
-        draw.text((20, top + 2), drawable(name, f"class {value}"), fill="black")
+        has_letters = name.isascii() and name.isprintable()  # which Pillow's own font has
+        draw.text((20, top + 2), name if has_letters else f"class {value}", fill="black")
     write_picture(path, sheet)
-
-
-def drawable(text, otherwise):
-    """A text, if Pillow's own font is sure to have its letters."""
-    return text if text.isascii() and text.isprintable() else otherwise
 
 
 def write_cam(path, class_ids, cam, size):
@@ -1110,14 +1085,12 @@ def cut_log(folder, epoch):
     print(f"{folder}: {where}", flush=True)
 
 
-def need_finite(losses, folder, epoch, step):
-    """UserError, which says what is on disk, unless a sum of losses is finite."""
+def need_finite(losses, epoch, step):
+    """UserError unless a sum of losses is finite."""
     if not losses.isfinite().all():
-        last = Path(folder) / "last.pt"
-        on_disk = f"the last good state is {last}" if last.is_file() else "nothing is written yet"
-        steps = f"{max(1, step - 19)} to {step}"
-        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {steps}; {on_disk}. "
-                        "Lower --lr, or look at the images of these steps")
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {max(1, step - 19)} to "
+                        f"{step}: lower --lr, or look at the images of these steps; last.pt, if "
+                        "it is there, is the state before")
 
 
 SECONDS_BETWEEN_CHECKPOINTS = 60  # at least: they would cost a GPU a tenth of its time

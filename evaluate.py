@@ -4,7 +4,7 @@ Reads  ground truth and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
        layers              <out>/cls/last.pt: the seed refined by each layer, and its smoothness
        pictures            <out>/cls/last.pt (CAMs and pseudo-masks are made anew), <out>/pred;
-                           of --photos <out>/seg/last.pt in place of <out>/pred and ground truth
+                           of 8 images, or of --limit; of --photos <out>/seg/last.pt in place of <out>/pred and ground truth
        submission          <out>/pred/<split>, packed for the VOC server; no ground truth
        with --before OUT, layers and pictures show that run's classifier beside this one
 Writes a record of what is scored to <out>/results.json; <out>/{layers.json, layers.png,
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 import aream
@@ -436,10 +436,8 @@ def paint(mask):
 
 def fit(picture, side):
     """(H, W, 3) uint8 -> PIL image whose longer side is side."""
-    picture = Image.fromarray(picture)
-    scale = side / max(picture.size)
-    size = [max(1, round(s * scale)) for s in picture.size]
-    return picture.resize(size, Image.NEAREST if scale > 1 else Image.LANCZOS)
+    how = Image.NEAREST if max(picture.shape) < side else Image.LANCZOS
+    return ImageOps.contain(Image.fromarray(picture), (side, side), how)
 
 
 def contact_sheet(path, titles, rows, cell=150):
@@ -468,7 +466,7 @@ def draw_pictures(dataset, args, device):
     runs = {"": args.out} if args.before is None else {"plain": args.before, "AReAM": args.out}
     models = {run: refine.load_classifier(out / "cls" / "last.pt", dataset, device)[0]
               for run, out in runs.items()}
-    names, predicted = dataset.ids[:args.images], args.out / "pred" / args.split
+    names, predicted = dataset.ids[:args.limit or 8], args.out / "pred" / args.split
     has_prediction = all((predicted / f"{name}.png").is_file() for name in names)
 
     rows = {}
@@ -646,8 +644,6 @@ def parse_args(argv=None):
     add("--split", help="default val for pred and pictures, test for submission, else train")
     add("--before", type=Path, metavar="OUT",
         help="the --out of the plain classifier, for layers and pictures")
-    add("--images", type=data.number(int, 1), default=8, metavar="N",
-        help="how many images pictures shows (default %(default)s)")
     add("--photos", nargs="+", type=Path, metavar="PATH",
         help="pictures shows these photographs (files, folders) instead, with the masks of the "
              "DeepLab of <out>/seg, at one scale")

@@ -253,19 +253,11 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
         raise ValueError(f"PAR with {iterations} iterations, dilations {list(dilations)}: 0 or "
                          "more iterations, one or more dilations of at least 1")
 
-    # On a CPU few images at a time stay in the cache, and absent classes need no work.
-    settings = (dilations, iterations)
-    if images.device.type == "cpu":
-        chunk = max(1, 2**16 // images[0, 0].numel())
-        if len(images) > chunk:
-            parts = zip(images.split(chunk), score.split(chunk))
-            return torch.cat([pixel_adaptive_refine(*part, *settings) for part in parts])
-        used = score.flatten(2).any(-1).any(0)
-        if not used.all():
-            refined = torch.zeros_like(score, dtype=torch.float32)
-            if used.any():
-                refined[:, used] = pixel_adaptive_refine(images, score[:, used], *settings)
-            return refined
+    # on a CPU few images at a time stay in the cache
+    chunk = max(1, 2**16 // images[0, 0].numel())
+    if images.device.type == "cpu" and len(images) > chunk:
+        parts = zip(images.split(chunk), score.split(chunk))
+        return torch.cat([pixel_adaptive_refine(*part, dilations, iterations) for part in parts])
 
     kernel, score = par_kernel(images, dilations), score.float()
     for _ in range(iterations):
@@ -331,19 +323,14 @@ def predicted_classes(model, pixels, size, precision):
     return [(c, prob[c].item()) for i, c in enumerate(order) if i == 0 or prob[c] > 0.5]
 
 
-def parse_present(given, classes):
-    """The --present flags -> class indices: names, or numbers of lines in the list of classes."""
-    numbers = {str(k): k - 1 for k in range(1, len(classes) + 1)}
-    known = {**numbers, **{name: index for index, name in enumerate(classes)}}
-    found = []
-    for text in map(data.nfc, given):
-        whole = text.strip() in known  # a name may have a comma in it
-        for name in [text] if whole else text.split(","):
-            if name.strip() not in known:
-                raise data.UserError(f"--present: the classifier does not know {name.strip()!r}; "
-                                     f"it knows {', '.join(classes)}")
-            found.append(known[name.strip()])
-    return list(dict.fromkeys(found))
+def parse_present(names, classes):
+    """The names after --present -> class indices."""
+    names = [data.nfc(name).strip() for name in names]
+    for name in names:
+        if name not in classes:
+            raise data.UserError(f"--present: the classifier does not know {name!r}; it knows "
+                                 f"{', '.join(classes)}")
+    return [classes.index(name) for name in dict.fromkeys(names)]
 
 
 def refined_photos(args, device):
@@ -426,10 +413,9 @@ def parse_args(argv=None):
     parser.add_argument("--photos", nargs="+", type=Path, metavar="PATH",
                         help="refine these photographs (files, folders) instead; replaces earlier "
                              "CAMs of the same names")
-    parser.add_argument("--present", metavar="A,B", action="append", default=[],
-                        help="for --photos: the classes they show, by name or by number of their "
-                             "line in the class list (default: what the classifier believes); may "
-                             "be repeated")
+    parser.add_argument("--present", nargs="+", default=[], metavar="CLASS",
+                        help="for --photos: the classes they show (default: what the classifier "
+                             "believes)")
     refining_arguments(parser)
     add = parser.add_argument_group("pseudo-masks").add_argument
     add("--layers", default="all",

@@ -876,7 +876,7 @@ def test_layers_are_measured_with_the_rows_that_refine(rows):
     assert_close(dict(zip(evaluate.MEASURES, got)), expected)
 
 
-@pytest.mark.parametrize("flags, columns", [("--split train --images 2", 5), ("", 7)])
+@pytest.mark.parametrize("flags, columns", [("--split train --limit 2", 5), ("", 7)])
 def test_pictures(own, flags, columns):
     """Photo, unrefined, refined (with --before: twice), pseudo-mask, DeepLab (of val), truth."""
     before = [] if flags else ["--before", own.plain]
@@ -1125,7 +1125,7 @@ def test_masks_of_photographs(own, photos):
 def test_cams_of_photographs(own, photos, capsys):
     chosen = [photos / "a b.png", photos / "large.webp"]
     data.say_once.cache_clear()
-    call(refine, own.out, "--max-side 160 --photos", *chosen, "--present", "dots, rings")
+    call(refine, own.out, "--max-side 160 --photos", *chosen, "--present", "dots", "rings")
     printed = capsys.readouterr().out
     assert "a b.png: dots, rings  ->" in printed and "shrunk to 160 px" in printed
     with Image.open(own.out / "photos" / "large.cam.png") as mask:
@@ -1172,15 +1172,6 @@ def test_what_is_no_photograph_is_counted(own, photos, capsys):
     assert printed.count("b.jpeg: ") == 1 and "._b" not in printed
     for left_out in ("1 folder inside", "1 .heic (no image for Pillow", "1 .txt (no image"):
         assert left_out in printed.splitlines()[-1]
-
-
-def test_classes_of_photographs_by_name_or_number():
-    classes = ["cat", "tabby, tabby cat", "7"]
-    for given, expected in ((["cat,7"], [0, 2]), (["tabby, tabby cat", "1"], [1, 0]),
-                            (["2", "cat, cat"], [1, 0])):
-        assert refine.parse_present(given, classes) == expected
-    with refused("does not know 'dog'; it knows cat, tabby"):
-        refine.parse_present(["cat,dog"], classes)
 
 
 def test_an_unreadable_photograph_stops_no_other(own, photos):
@@ -1438,7 +1429,7 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("EXIF that no longer fits the mask", lambda f: f.exif(6),
      lambda f: evaluate.target_of(f.open(), "a", (48, 40), f.image),
      "a.png: the ground truth is 40 x 48 pixels, .*a.jpg 48 x 40 .*EXIF"),
-    ("16-bit grey", lambda f: f.replace(".png", GREY16),
+    ("16-bit grey, one level transparent", lambda f: f.replace(".png", GREY16, transparency=3),
      lambda f: np.unique(f.open().image("a")).tolist(), [88]),
     ("float image", lambda f: f.replace(".tif", FLOAT), size_of,
      "a.tif cannot be read .*mode 'F'"),
@@ -1454,8 +1445,6 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      size_of, (48, 40)),
     ("a Mac's hidden file", lambda f: f.image.with_name("._a.jpg").write_bytes(b"metadata"), ids,
      ["a", "b", "c", "d"]),
-    ("a name as a Mac spells it", lambda f: (f.rename(MAC + ".jpg"), f.list.write_text("Köter\n")),
-     lambda f: f.open().image("Köter").size, (48, 40)),
     ("half a file", lambda f: f.image.write_bytes(f.image.read_bytes()[:400]), size_of,
      "a.jpg cannot be read .*: replace it, or leave it out"),
     # masks
@@ -1472,7 +1461,8 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("another palette is for display", lambda f: f.palette([(9, 9, 9), RED]), mask_of, [0, 1]),
     ("black and white is for display", lambda f: f.palette([BLACK, WHITE]), mask_of, [0, 1]),
     ("a grey palette in order", lambda f: f.palette(GREYS), mask_of, [0, 1]),
-    ("one bit a pixel", lambda f: Image.fromarray(RAMP > 90).save(f.mask), mask_of, [0, 255]),
+    ("one bit a pixel", lambda f: Image.fromarray(RAMP > 90).save(f.mask), mask_of,
+     "a.png cannot be read .its mode '1' holds no values"),
     ("RGB in VOC's colours", lambda f: Image.open(f.mask).convert("RGB").save(f.mask), mask_of,
      [0, 1]),
     ("RGB in other colours", lambda f: Image.fromarray(draw()).save(f.mask), mask_of,
@@ -1488,8 +1478,6 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "names the class 'cat' more than once"),
     ("255 classes", lambda f: f.classes.write_text("\n".join(f"c{i}" for i in range(255))), opened,
      "names 255 classes: 1 to 254 fit"),
-    ("BOM in the class list", lambda f: f.classes.write_bytes(b"\xef\xbb\xbfcat\ndog\naxolotl\n"),
-     labels_of, [0]),
     ("BOM and CRLF in a list", lambda f: f.list.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n\r\n"), ids,
      ["a", "b"]),
     ("spaces in a name", lambda f: (f.rename("my cat.jpg"), f.list.write_text("my cat\n")), ids,
@@ -1497,8 +1485,6 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("extensions in a list", lambda f: f.list.write_text("a.jpg\nb.jpg\n"), ids, ["a", "b"]),
     ("a list of one class", lambda f: f.list.write_text("a  1\nb -1\n"), opened,
      "line 1 of .*train.txt is 'a  1': write one image name per line"),
-    ("two columns", lambda f: f.list.write_text("a\nb.jpg b\n"), opened,
-     "line 2 of .*train.txt is 'b.jpg b': write one image name per line"),
     ("a list that leaves the folder", lambda f: f.list.write_text("../../secret\n"), opened,
      "line 1 of .*train.txt is '../../secret': write one image name per line, without folders"),
     ("an image that is not there", lambda f: f.list.write_text("a\nzebra\n"), opened,
@@ -1508,14 +1494,12 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("a comment in the class list", lambda f: f.classes.write_text("# mine\ncat\n"), opened,
      "classes.txt lists '# mine', which is no class"),
     ("XML and masks as a Mac spells them", as_a_mac_does,
-     lambda f: [f.open().labels("Köter"), sorted(values(f.open().mask("Köter")))], [[0], [0, 1]]),
+     lambda f: [f.open().image("Köter").size, f.open().labels("Köter"),
+                sorted(values(f.open().mask("Köter")))], [(48, 40), [0], [0, 1]]),
     ("an image twice", lambda f: f.list.write_text("a\na\n"), opened, "lists 'a' more than once"),
     ("an empty list", lambda f: f.list.write_text("\n"), opened,
      "the split 'train' of .* is empty"),
     ("namespace and padding in XML", lambda f: f.xml.write_text(NAMESPACE), labels_of, [1]),
-    ("another encoding of XML",
-     lambda f: (f.classes.write_text("cat\ndog\nköter\n", encoding="utf-8"),
-                f.xml.write_bytes(LATIN.encode("iso-8859-1"))), labels_of, [2]),
     ("a class as a Mac spells it",
      lambda f: (f.classes.write_text(f"cat\ndog\n{MAC}\n", encoding="utf-8"),
                 f.xml.write_bytes(LATIN.replace("köter", "Köter").encode("iso-8859-1"))),
@@ -2035,18 +2019,11 @@ def test_an_error_of_the_user_in_a_loaders_worker_is_one_line(tmp_path, capsys):
     assert re.match("error: .*a.jpg cannot be read .*: replace it", printed[0])
 
 
-def test_non_finite_loss_stops(own, tmp_path, monkeypatch):
-    """And says what is on disk."""
-    stop_after_the_warm_up(own.plain)
+def test_non_finite_loss_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(aream, "classification_loss",
                         lambda *_: torch.tensor(float("nan"), requires_grad=True))
-    for out, flags, message in (
-            (tmp_path / "new", "", "1, step 1 to 2; nothing is written yet. Lower --lr"),
-            (tmp_path / "branch", f"--branch-from {own.plain / 'cls' / 'warmup.pt'}",
-             "2, .*; nothing is written"),
-            (own.plain, "--resume", "2, .*; the last good state is .*last.pt")):
-        with refused(f"loss is not finite in epoch {message}"):
-            train(out, f"--reactivation none {flags}")
+    with refused("loss is not finite in epoch 1, step 1 to 2: lower --lr"):
+        train(tmp_path / "run")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2158,16 +2135,14 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_availab
                                 reason="needs fork, and a parent that does not use CUDA")
 
 
-@pytest.mark.parametrize("error, remedy", [
-    (errno.ENOSPC, "make room"), (errno.EACCES, "allow writing there"), (None, "remove the c")])
-def test_a_full_disk_loses_nothing(tmp_path, error, remedy):
-    """What was there stays, no half of a file does, and the message fits the error."""
+def test_a_full_disk_loses_nothing(tmp_path):
+    """What was there stays, and no half of a file does."""
     path = tmp_path / "last.pt"
     path.write_text("whole")
-    with refused(f"last.pt could not be written .*unchanged; {remedy}.*give the same command"):
+    with refused("last.pt could not be written .*No space.*unchanged; .* give the same command"):
         with data.replacing(path) as temporary:
             temporary.write_text("half")
-            raise OSError(error, "reason")
+            raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
 
 
@@ -2300,25 +2275,24 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture
 def simulated_cuda(monkeypatch):
-    """move(module) to the simulated GPU; under it tensors of device "cuda" can be made."""
+    """move(build) makes a module on the simulated GPU, where tensors of "cuda" can be made."""
     if not torch.backends.cuda.is_built():
         pytest.skip("a CPU-only build of torch cannot pretend")
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
     monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: None)
 
-    def move(module):
+    def move(build):
+        with unset_fake_temporarily():
+            module = build()
         moved = {}
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             moved[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
         module.load_state_dict(moved, assign=True)
         return module
 
-    data.per_channel.cache_clear()
     with FakeTensorMode():
-        data.normalise(torch.empty(1, 3, 8, 8, device="cuda"))  # copies its constants once
         yield move
-    data.per_channel.cache_clear()
 
 
 class NoStep:
@@ -2329,10 +2303,7 @@ def simulated_step(move, kind="entropy", entropy="online", labels="two-views"):
     """One training step -> the simulated GPU's Waits."""
     args = train_cls.parse_args(["--data", "toy", "--reactivation", kind, "--entropy", entropy,
                                  "--pair-labels", labels])
-    args.precision = "bfloat16"
-    with unset_fake_temporarily():
-        model = vit.build("toy", 4)
-    move(model)
+    args.precision, model = "bfloat16", move(lambda: vit.build("toy", 4))
     pixels = torch.empty(3, 3, 64, 64, dtype=torch.uint8, device="cuda")
     batch = pixels, torch.empty(3, 4, device="cuda")
     static = torch.empty(6, device="cuda") if entropy == "static" else None
@@ -2353,9 +2324,7 @@ def test_a_training_step_on_a_simulated_gpu(simulated_cuda, kind, entropy, label
 
 
 def test_refinement_on_a_simulated_gpu(simulated_cuda):
-    with unset_fake_temporarily():
-        model = vit.build("toy", 4)
-    simulated_cuda(model).eval()
+    model = simulated_cuda(lambda: vit.build("toy", 4)).eval()
     pixels = torch.empty(3, 60, 70, dtype=torch.uint8, device="cuda")
     variants = {"all": tuple(range(6)), "raw": "unrefined", "map": "patch map",
                 "weighted": "entropy"}
@@ -2371,9 +2340,8 @@ def test_refinement_on_a_simulated_gpu(simulated_cuda):
 
 @pytest.mark.parametrize("arch, multiple", [("deeplabv3_vit", 8), ("deeplabv3_mobilenet_v2", 1)])
 def test_prediction_on_a_simulated_gpu(simulated_cuda, arch, multiple):
-    with unset_fake_temporarily():
-        net = train_seg.build(arch, 4, dict(preset="toy", depth=None, size=64))
-    simulated_cuda(net).eval()
+    classifier = dict(preset="toy", depth=None, size=64)
+    net = simulated_cuda(lambda: train_seg.build(arch, 4, classifier)).eval()
     pixels = torch.empty(3, 60, 70, dtype=torch.uint8, device="cuda")
     with Waits() as waits:
         mask = train_seg.predict(net, pixels, (0.5, 1.0), multiple, "bfloat16")

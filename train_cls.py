@@ -166,7 +166,7 @@ def train_one_epoch(model, optimizer, loader, args, epoch, guidance):
         sums += train_step(model, optimizer, batch, args, guidance)
 
         if step % 20 == 0 or step == steps:  # not each step: looking at a loss makes a GPU wait
-            data.need_finite(sums, args.out / "cls", epoch, step)
+            data.need_finite(sums, epoch, step)
             rate = step * args.batch / (time.time() - begin)
             data.progress(f"step {step}/{steps}  losses {sums[0] / step:.4f} "
                           f"{sums[1] / step:.4f}  {rate:.1f} images/s")

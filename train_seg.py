@@ -173,7 +173,7 @@ def train_one_epoch(net, optimizer, loader, args, epoch):
         total += loss.detach()
 
         if step % 20 == 0 or step == steps:  # not each step: looking at a loss makes a GPU wait
-            data.need_finite(total, args.out / "seg", epoch, step)
+            data.need_finite(total, epoch, step)
             rate = step * args.batch / (time.time() - begin)
             data.progress(f"step {step}/{steps}  loss {total / step:.4f}  {rate:.1f} images/s")
 
