@@ -59,6 +59,7 @@ rows() {
   score rows/none          schedule/none          --rows normalised
   score rows/uniform-split schedule/uniform-split --rows normalised
   score rows/entropy-split schedule/entropy-split --rows normalised
+  score rows/default         schedule/default         --rows normalised
   score rows/entropy-all-0.3 schedule/entropy-all-0.3 --rows normalised
   score rows/uniform-split-near schedule/uniform-split-near --rows normalised
 
