@@ -1254,6 +1254,25 @@ def test_mean_average_precision_by_hand():
     assert train_cls.mean_average_precision(logits, labels) == pytest.approx((first + second) / 2)
 
 
+@pytest.mark.parametrize("silent, speaks", [("head", "of_class_tokens"),
+                                            ("class_tokens", "of_patches")])
+def test_class_map_of_each_branch(silent, speaks):
+    """A branch that gives every image the same logits leaves the class mAP to the other."""
+    args = train_cls.parse_args(["--data", "toy", "--workers", "0"])
+    args.precision, model = "float32", vit.build("toy", 6)
+    forward = model.forward
+
+    def silenced(images):
+        output = forward(images)
+        name = {"head": "patch_logits", "class_tokens": "class_logits"}[silent]
+        return output._replace(**{name: torch.zeros_like(output.class_logits)})
+
+    model.forward = silenced
+    samples = train_cls.ClassificationSet(data.open_data("toy", None, "val", 8), 64)
+    of = train_cls.validate(model, samples, args, torch.device("cpu"))
+    assert of["val_class_mAP"] == of[speaks] and len(set(of.values())) == 2
+
+
 # -------------------------------------------------------------------------------------------------
 # Everyday input
 # -------------------------------------------------------------------------------------------------
