@@ -1088,9 +1088,10 @@ def cut_log(folder, epoch):
 def need_finite(losses, epoch, step):
     """UserError unless a sum of losses is finite."""
     if not losses.isfinite().all():
-        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {max(1, step - 19)} to "
-                        f"{step}: lower --lr, or look at the images of these steps; last.pt, if "
-                        "it is there, is the state before")
+        steps = f"{max(1, step - 19)} to {step}"
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {steps}: lower --lr, "
+                        "or look at the images of these steps; last.pt, if it is there, is the "
+                        "state before")
 
 
 SECONDS_BETWEEN_CHECKPOINTS = 60  # at least: they would cost a GPU a tenth of its time

@@ -4,7 +4,8 @@ Reads  ground truth and what --what names:
        cam, pseudo, pred   <out>/cam, <out>/pseudo, <out>/pred/<split>: their mIoU
        layers              <out>/cls/last.pt: the seed refined by each layer, and its smoothness
        pictures            <out>/cls/last.pt (CAMs and pseudo-masks are made anew), <out>/pred;
-                           of 8 images, or of --limit; of --photos <out>/seg/last.pt in place of <out>/pred and ground truth
+                           of 8 images, or of --limit; of --photos <out>/seg/last.pt in place
+                           of <out>/pred and ground truth
        submission          <out>/pred/<split>, packed for the VOC server; no ground truth
        with --before OUT, layers and pictures show that run's classifier beside this one
 Writes a record of what is scored to <out>/results.json; <out>/{layers.json, layers.png,

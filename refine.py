@@ -253,11 +253,19 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
         raise ValueError(f"PAR with {iterations} iterations, dilations {list(dilations)}: 0 or "
                          "more iterations, one or more dilations of at least 1")
 
-    # on a CPU few images at a time stay in the cache
-    chunk = max(1, 2**16 // images[0, 0].numel())
-    if images.device.type == "cpu" and len(images) > chunk:
-        parts = zip(images.split(chunk), score.split(chunk))
-        return torch.cat([pixel_adaptive_refine(*part, dilations, iterations) for part in parts])
+    # On a CPU few images at a time stay in the cache, and absent classes need no work.
+    settings = (dilations, iterations)
+    if images.device.type == "cpu":
+        chunk = max(1, 2**16 // images[0, 0].numel())
+        if len(images) > chunk:
+            parts = zip(images.split(chunk), score.split(chunk))
+            return torch.cat([pixel_adaptive_refine(*part, *settings) for part in parts])
+        used = score.flatten(2).any(-1).any(0)
+        if not used.all():
+            refined = torch.zeros_like(score, dtype=torch.float32)
+            if used.any():
+                refined[:, used] = pixel_adaptive_refine(images, score[:, used], *settings)
+            return refined
 
     kernel, score = par_kernel(images, dilations), score.float()
     for _ in range(iterations):
