@@ -258,7 +258,7 @@ class VOC(ImageSet):
             name = self.without_extension(line.strip())
             if name and name not in self.files:
                 missing.append(name)
-                if re.search(r"[\s,;/\\]", name):
+                if re.search(r"[,;/\\]|\s-?[01]$", name):
                     raise UserError(f"line {number} of {self.list} is {line!r}: write one image "
                                     "name per line, without folders (the lists of one class in "
                                     "VOC's ImageSets/Main have two columns)")
@@ -387,7 +387,7 @@ class COCO(ImageSet):
             raise UserError(f"no split {split!r} in COCO 2014: use train or val")
         if not self.folder.is_dir():
             raise UserError(f"no folder {self.folder}: train_cls.py --download fetches it; or "
-                            f"extract {split}2014.zip there (see README)")
+                            f"extract {split}2014.zip in {self.root} (see README)")
         if not self.source.is_file():
             raise UserError(f"no file {self.source}: train_cls.py --download fetches it; or "
                             "extract annotations_trainval2014.zip")
@@ -638,8 +638,9 @@ def on_disk(path):
 
 
 def is_image(extension):
-    """Whether Pillow reads files of such a name (".jpg")."""
-    return extension.lower() in Image.registered_extensions()
+    """Whether Pillow reads files of such a name (".jpg"); a PDF it only writes."""
+    kind = Image.registered_extensions().get(extension.lower())
+    return kind in Image.OPEN or kind == "MPO"  # which it opens as a JPEG
 
 
 @contextmanager
@@ -741,6 +742,8 @@ def decode_mask(image, num_classes):
     if image.mode == "P":
         index, palette = np.array(image), image.getpalette("RGB")
         for value in np.unique(index).tolist():
+            if 3 * value >= len(palette):  # a short palette has no colour for 255
+                continue
             r, g, b = colour = tuple(palette[3 * value:3 * value + 3])
             if value and not any(colour) and any(palette[:3]):
                 raise ValueError(f"value {value} is black, as the background is, and 0 is not: "
@@ -1117,8 +1120,8 @@ def read_checkpoint(path, stage, dataset=None):
     """
     program = {"cls": "train_cls.py", "seg": "train_seg.py"}[stage]
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}: run {program} first, or give the --out of a run "
-                        "that it has trained")
+        raise UserError(f"no checkpoint {path}: run {program} first, or give one that it wrote "
+                        "(the --out of a run has its own)")
     with reading(path, f"it must be a checkpoint that {program} wrote"):
         if code := torch.serialization.get_unsafe_globals_in_checkpoint(path):
             raise ValueError(f"it wants to run code ({code[0]}), which is refused: load it where "
@@ -1130,8 +1133,8 @@ def read_checkpoint(path, stage, dataset=None):
         classes, name = config["classes"], Path(config["data"]).name
     if dataset is not None:
         if name != dataset.name:
-            raise UserError(f"{path} was trained on {name}, not on {dataset.name}: give the --out "
-                            "of such a run")
+            raise UserError(f"{path} was trained on {name}, not on {dataset.name}: give a "
+                            f"checkpoint, or the --out of a run, of {dataset.name}")
         need_same_classes(classes, path, dataset.classes, dataset.source or dataset.name)
     return checkpoint
 
@@ -1153,12 +1156,14 @@ def look_at_epoch(checkpoint, path):
 def look_at_origin(folder, key, path):
     """Say so where a folder's files were made from another checkpoint than the one at path.
 
-    key: what its args.json calls that checkpoint.
+    key: what its args.json calls that checkpoint, "classifier" or "model".
     """
+    program = {"classifier": "refine.py", "model": "train_seg.py --predict-only"}[key]
     settings = folder / "args.json"
     if settings.is_file() and Path(path).is_file():
         if read_json(settings, "delete it").get(key) not in (None, file_digest(path)):
-            say_once(f"look: {folder} was made from another {path}; --overwrite makes it again")
+            say_once(f"look: {folder} was made from another {path}; {program} --overwrite makes "
+                     "it again")
 
 
 # Flags that may differ when a run is resumed; and those that may name a file or a folder.

@@ -77,7 +77,8 @@ def threshold_counts(cam, values, target, num_classes):
 
     cam (K, H, W) in [0, 1], values (K,) mask values, target (H, W), num_classes M with the
     background. Returns (M, M, T + 1) int64, T = len(THRESHOLDS): target class, winning foreground
-    class, number of THRESHOLDS that the winner's score exceeds.
+    class, number of THRESHOLDS that the winner's score exceeds (a score that equals one to the
+    last bit may count as above it).
     """
     (K, _, W), bins, counts = cam.shape, len(THRESHOLDS) + 1, 0
     rows = max(1, 2**22 // W)  # so many at a time: a large photograph would take gigabytes
@@ -355,7 +356,9 @@ def need_outputs(args, dataset, folder, suffix):
             remedy += " --resume"
         elif before:
             limit = f" --limit {before['limit']}" if before["limit"] else ""
-            remedy += f" --overwrite; what is there was made with --split {before['split']}{limit}"
+            made = f"--split {before['split']}{limit}"
+            remedy = (f"what is there was made with {made}: if that was interrupted, go on with "
+                      f"refine.py {made} --resume, else {remedy} --overwrite")
     else:
         data.look_at_origin(folder, "model", args.out / "seg" / "last.pt")
         remedy = f"make them with train_seg.py --predict-only --resume --predict-split {args.split}"
@@ -410,21 +413,40 @@ def score_layers(dataset, args, device):
     if not 0 < deep_from < depth:
         raise data.UserError(f"--deep-from {deep_from} with {depth} layers: it must leave layers "
                              "on both sides")
+    before = {}
+    if args.before:
+        name = short_name(args.before)
+        if name == short_name(args.out):
+            name += " (before)"
+        before = {name: read_before(args, dataset, depth)}
     table, measures = evaluate_layers(dataset, model, deep_from, args, device)
     print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
     print_layers(table, measures, deep_from)
 
     record = {**refine.refinement(args)._asdict(), "table": table, "measures": measures}
-    records = {"/".join(args.out.resolve().parts[-2:]): record}
-    if args.before:
-        path = args.before / "layers.json"
-        before = data.read_json(path, "make it with --what layers, without --before")
-        if len(before["measures"]["entropy"]) != len(model.blocks):
-            raise data.UserError(f"{path} is of a model with another number of layers")
-        records = {"/".join(args.before.resolve().parts[-2:]): before, **records}
     if not data.rank():
+        records = {**before, short_name(args.out): record}
         draw_layers(args.out / "layers.png", model, dataset, records, args, device)
     return record
+
+
+def short_name(out):
+    """The last two folders of a path, for a chart."""
+    return "/".join(out.resolve().parts[-2:])
+
+
+def read_before(args, dataset, depth):
+    """The layers.json of --before, of as many layers and the same images."""
+    path = args.before / "layers.json"
+    remedy = "make it with --what layers, without --before"
+    before = data.read_json(path, remedy)
+    was = {"data": before["data"], "split": before["split"], "images": before["images"],
+           "layers": len(before["measures"]["entropy"])}
+    now = {"data": dataset.name, "split": args.split, "images": len(dataset.ids), "layers": depth}
+    if wrong := [key for key in now if was[key] != now[key]]:
+        raise data.UserError(f"{path} has {wrong[0]} {was[wrong[0]]}, this run {now[wrong[0]]}: "
+                             f"{remedy}, with the same --data, --split and --limit")
+    return before
 
 
 # -------------------------------------------------------------------------------------------------

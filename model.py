@@ -288,8 +288,9 @@ def load_pretrained(model, source):
 def plain_weights(found):
     """A state dict without what programs put around it: "model", "state_dict", "module."."""
     for key in ("model", "state_dict"):
-        found = found.get(key, found)
-    return {key.removeprefix("module."): value for key, value in found.items()}
+        if isinstance(found.get(key), dict):
+            found = found[key]
+    return {str(key).removeprefix("module."): value for key, value in found.items()}
 
 
 def download_weights(address):

@@ -281,6 +281,7 @@ def test_wrong_weights_are_refused(tmp_path):
              other + "its 'pos_embed' has 196 positions, not one for the class token"),
             ({**deit_state(), "blocks.0.gamma_1": torch.zeros(192)}, other + "it has "
              "'blocks.0.gamma_1', for which plain DeiT has no place .* LayerScale"),
+            ({"model": "deit", "state_dict": incomplete}, other + "it has no 'blocks.3.norm1"),
             ({"fc.weight": torch.zeros(3)}, r"it has no .* \(its first keys: fc.weight\)")):
         with refused(message):
             vit.load_pretrained(model, state)
@@ -897,8 +898,9 @@ def test_refine_makes_only_what_is_missing(own):
 
 
 def test_other_images_than_were_refined(own):
-    with refused("4 of 20 files are missing .*; make them with refine.py --split train "
-                 "--overwrite; what is there was made with --split train --limit 16"):
+    with refused("4 of 20 files are missing .* made with --split train --limit 16: if that was "
+                 "interrupted, go on with refine.py --split train --limit 16 --resume, else make "
+                 "them with refine.py --split train --overwrite"):
         call(evaluate, own.out, "--what cam --limit 20")
     (own.out / "cam" / "toy_train_0003.npz").unlink()
     with refused("1 of 16 files are missing .*; make them with refine.py --split train --resume"):
@@ -908,7 +910,7 @@ def test_other_images_than_were_refined(own):
 def test_another_or_a_half_trained_classifier_is_mentioned(own, capsys):
     data.say_once.cache_clear()
     shutil.copy(own.plain / "cls" / "warmup.pt", own.out / "cls" / "last.pt")
-    for what, message in (("cam", r"look: .*cam was made from another .*last.pt; --overwrite"),
+    for what, message in (("cam", r"look: .*cam was made from another .*; refine.py --overwrite"),
                           ("layers", "look: .*last.pt is of epoch 1 of 2; training goes on with")):
         own.evaluate(what)
         assert re.search(message, capsys.readouterr().out)
@@ -938,6 +940,27 @@ def test_what_resume_refuses(own):
         change()
         with refused(f"--resume in .*{message}"):
             stage(f"{flags} --resume")
+
+
+def test_resume_on_a_classifier_of_another_size(own):
+    last = own.out / "seg" / "last.pt"
+    checkpoint = data.read_checkpoint(last, "seg")
+    checkpoint["config"]["classifier"]["depth"] = 4
+    data.write_checkpoint(last, checkpoint)
+    with refused("--resume in .*seg on a classifier of another depth: it was 4, now 3"):
+        own.train_seg("--resume")
+
+
+def test_layers_before_and_after(own, tmp_path):
+    with refused("layers.json has images 4, this run 3: make it with --what layers"):
+        call(evaluate, own.out, "--what layers --limit 3 --before", own.plain)
+    other = tmp_path / "other" / own.plain.parent.name / own.out.name  # the same last two folders
+    shutil.copytree(own.plain, other)
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "draw_layers", lambda *given: shown.extend(given[3]))
+        call(evaluate, own.out, "--what layers --limit 4 --before", other)
+    assert len(shown) == 2 and shown[0] == f"{shown[1]} (before)"
 
 
 def test_a_training_that_goes_on_replaces_what_the_half_trained_model_predicted(own):
@@ -1167,10 +1190,11 @@ def test_what_is_no_photograph_is_counted(own, photos, capsys):
     (photos / "inside").mkdir()
     (photos / "._b.jpeg").write_bytes(b"of a Mac")
     (photos / "x.heic").write_bytes(b"of a phone")
+    (photos / "b.pdf").write_bytes(b"which Pillow only writes")
     call(train_seg, own.out, "--max-side 160 --photos", photos, photos / "b.jpeg")  # once
     printed = capsys.readouterr().out
     assert printed.count("b.jpeg: ") == 1 and "._b" not in printed
-    for left_out in ("1 folder inside", "1 .heic (no image for Pillow", "1 .txt (no image"):
+    for left_out in ("1 folder inside", "1 .heic (no image for", "1 .pdf (no", "1 .txt (no image"):
         assert left_out in printed.splitlines()[-1]
 
 
@@ -1185,7 +1209,7 @@ def test_photographs_that_are_refused(own, photos):
     with refused("does not know 'cat'; it knows bars, columns"):
         call(refine, own.out, "--present cat --photos", photos)
     for stage, program in ((refine, "train_cls.py"), (train_seg, "train_seg.py")):
-        with refused(f"no checkpoint .*last.pt: run {program} first, or give the --out of a run"):
+        with refused(f"no checkpoint .*last.pt: run {program} first, or give one that it wrote"):
             call(stage, own.out / "elsewhere", "--photos", photos)
     with refused("no photograph or folder .*none"):
         call(refine, own.out, "--photos", photos / "none")
@@ -1369,6 +1393,14 @@ class Folder:
         image.putpalette([int(channel) for colour in colours for channel in colour])
         image.save(self.mask)
 
+    def ignored_beyond_palette(self):
+        """Mask a with 255 in a corner, and a palette of 21 colours."""
+        mask = data.read_mask(self.mask)
+        mask[0, 0] = data.IGNORE
+        image = Image.fromarray(mask)
+        image.putpalette([channel for colour in COLOUR[:21] for channel in colour])
+        image.save(self.mask)
+
     def labels_csv(self, text):
         shutil.rmtree(self.pets / "Annotations")
         (self.pets / "labels.csv").write_text(text)
@@ -1479,6 +1511,7 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("another palette is for display", lambda f: f.palette([(9, 9, 9), RED]), mask_of, [0, 1]),
     ("black and white is for display", lambda f: f.palette([BLACK, WHITE]), mask_of, [0, 1]),
     ("a grey palette in order", lambda f: f.palette(GREYS), mask_of, [0, 1]),
+    ("a palette without 255", lambda f: f.ignored_beyond_palette(), mask_of, [0, 1, 255]),
     ("one bit a pixel", lambda f: Image.fromarray(RAMP > 90).save(f.mask), mask_of,
      "a.png cannot be read .its mode '1' holds no values"),
     ("RGB in VOC's colours", lambda f: Image.open(f.mask).convert("RGB").save(f.mask), mask_of,
@@ -1509,6 +1542,9 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
      "names 1 images .*'zebra'; add them, or put a shorter list"),
     ("an image that Pillow does not read", lambda f: f.image.rename(f.image.with_suffix(".heic")),
      opened, "first 'a' .Pillow does not read a.heic: convert it"),
+    ("a space in a name, not read", lambda f: (
+        f.image.rename(f.image.with_name("my cat.heic")), f.list.write_text("my cat\n")),
+     opened, "first 'my cat' .Pillow does not read my cat.heic: convert it"),
     ("a comment in the class list", lambda f: f.classes.write_text("# mine\ncat\n"), opened,
      "classes.txt lists '# mine', which is no class"),
     ("XML and masks as a Mac spells them", as_a_mac_does,

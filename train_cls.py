@@ -458,7 +458,8 @@ def main(argv=None):
     first, static_entropy = 0, None
     if checkpoint:
         first = checkpoint["epoch"]
-        if args.entropy == "static" and checkpoint["entropy"] is not None:
+        averaged = checkpoint["entropy"] is not None and first > args.warmup_epochs
+        if args.entropy == "static" and averaged:
             static_entropy = checkpoint["entropy"].to(device)
     made_from = {"checkpoint to branch from": [args.branch_from]} if args.branch_from else {}
     data.prepare_folder(folder, args, lambda: data.stage_settings(args, dataset, made_from))

@@ -258,9 +258,16 @@ def restore(net, optimizer, args, dataset, folder, classifier):
     last = folder / "last.pt"
     if args.resume and last.is_file():
         checkpoint = data.read_checkpoint(last, "seg", dataset)
-        if checkpoint["config"]["arch"] != args.arch:
-            raise data.UserError(f"--resume in {folder}, which holds a "
-                                 f"{checkpoint['config']['arch']}, with --arch {args.arch}")
+        config = checkpoint["config"]
+        if config["arch"] != args.arch:
+            raise data.UserError(f"--resume in {folder}, which holds a {config['arch']}, with "
+                                 f"--arch {args.arch}")
+        for key in ("preset", "depth", "size") if classifier else ():
+            was, now = config["classifier"][key], classifier["config"][key]
+            if was != now:
+                raise data.UserError(f"--resume in {folder} on a classifier of another {key}: it "
+                                     f"was {was}, now {now}; give the classifier that it began "
+                                     "with, or start again with --overwrite")
         net.load_state_dict(checkpoint["model"])
         if checkpoint["epoch"] < args.epochs:
             data.need_optimizer(checkpoint, last)
@@ -297,7 +304,7 @@ def check_masks(dataset, masks):
     before = data.read_json(settings, "delete it") if settings.is_file() else {}
     if classes := before.get("class_names"):
         data.need_same_classes(classes, settings, dataset.classes, dataset.source)
-    for name in dataset.ids[:200]:
+    for name in dataset.ids:
         mask = data.read_mask(masks / f"{name}.png", len(dataset.classes))
         if ((mask > 0) & (mask != data.IGNORE)).any():
             return

@@ -1,4 +1,4 @@
-"""What it costs: the speed table of README.md beside this file, profiles, kernels.
+"""What it costs: the table of speed.md, profiles, kernels.
 
 Run    python -m results.speed table                                        (make speed)
        python -m results.speed profile --preset deit_small --batch 64 --device cuda
@@ -104,7 +104,7 @@ def alone(*given):
 
 
 def speed_table(folder):
-    """Print the speed table of README.md. folder: for files, thrown away."""
+    """Print the table of speed.md. folder: for files, thrown away."""
     torch.set_num_threads(THREADS)
     fast = "bfloat16" if data.native_bfloat16(torch.device("cpu")) else "float32"
     row("DeiT-Tiny, 224 px, batch 16", "naive, float32", "float32", fast, "gain")
