@@ -449,6 +449,10 @@ class COCO(ImageSet):
             print(f"{self.source.name}: {len(images) - len(objects)} of {len(images)} images have "
                   "no object and are left out")
 
+    def __getstate__(self):
+        """For a loader's worker, which needs no outlines: of train they take gigabytes."""
+        return {**self.__dict__, "objects": None}
+
     def image_path(self, name):
         return on_disk(self.folder / self.files[name][0])
 
