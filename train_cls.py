@@ -318,8 +318,11 @@ def restore(model, optimizer, args, dataset, folder):
     model.load_state_dict(checkpoint["model"])
     if checkpoint["epoch"] < args.epochs:
         # the moments are that run's, weight decay and the like this one's
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": settings})
+        settings = [{key: value for key, value in group.items() if key != "params"}
+                    for group in optimizer.param_groups]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, own in zip(optimizer.param_groups, settings):
+            group.update(own)
     return checkpoint
 
 
