@@ -413,19 +413,14 @@ def score_layers(dataset, args, device):
     if not 0 < deep_from < depth:
         raise data.UserError(f"--deep-from {deep_from} with {depth} layers: it must leave layers "
                              "on both sides")
-    before = {}
-    if args.before:
-        name = short_name(args.before)
-        if name == short_name(args.out):
-            name += " (before)"
-        before = {name: read_before(args, dataset, depth)}
+    records = read_before(args, dataset, depth) if args.before else {}
     table, measures = evaluate_layers(dataset, model, deep_from, args, device)
     print(f"{heading(args, dataset)}: seed mIoU in percent, deep layers from {deep_from}")
     print_layers(table, measures, deep_from)
 
     record = {**refine.refinement(args)._asdict(), "table": table, "measures": measures}
     if not data.rank():
-        records = {**before, short_name(args.out): record}
+        records[short_name(args.out)] = record
         draw_layers(args.out / "layers.png", model, dataset, records, args, device)
     return record
 
@@ -436,7 +431,7 @@ def short_name(out):
 
 
 def read_before(args, dataset, depth):
-    """The layers.json of --before, of as many layers and the same images."""
+    """name -> the layers.json of --before, which must be of as many layers and the same images."""
     path = args.before / "layers.json"
     remedy = "make it with --what layers, without --before"
     before = data.read_json(path, remedy)
@@ -446,7 +441,8 @@ def read_before(args, dataset, depth):
     if wrong := [key for key in now if was[key] != now[key]]:
         raise data.UserError(f"{path} has {wrong[0]} {was[wrong[0]]}, this run {now[wrong[0]]}: "
                              f"{remedy}, with the same --data, --split and --limit")
-    return before
+    name = short_name(args.before)
+    return {f"{name} (before)" if name == short_name(args.out) else name: before}
 
 
 # -------------------------------------------------------------------------------------------------
