@@ -191,6 +191,8 @@ def study_tables(records):
 
 def gain_table():
     """Lines: one comparison each, mean ± standard deviation over seeds, gains paired by seed."""
+    header = ["mIoU (%)", "seeds", "made by `bash results/`…", "plain", "AReAM", "gain",
+              "median, range"]
     rows = []
     for what, names, row, column in GAINS:
         question, _, own = row.partition("/")
@@ -202,9 +204,10 @@ def gain_table():
         gains = np.subtract(aream, plain)
         script = "toy.sh" if names == ("toy",) else "voc.sh"
         made_by = f"`{script} {question}/{{none,{own}}}`"  # bash makes two names of it
+        spread = f"{np.median(gains):+.1f}, {min(gains):+.1f} to {max(gains):+.1f}"
         rows.append([what, str(len(gains)), made_by, mean_and_deviation(plain),
-                     mean_and_deviation(aream), mean_and_deviation(gains, "+.1f")])
-    return table(["mIoU (%)", "seeds", "made by `bash results/`…", "plain", "AReAM", "gain"], rows)
+                     mean_and_deviation(aream), mean_and_deviation(gains, "+.1f"), spread])
+    return table(header, rows)
 
 
 def demo_table(plain, out):
