@@ -1252,7 +1252,7 @@ def need_same_settings(folder, settings):
 # -------------------------------------------------------------------------------------------------
 def of_torchrun(variable, otherwise):
     """A variable that torchrun sets; one of another launcher's is not looked at."""
-    launched = dist.is_torchelastic_launched() and variable in os.environ
+    launched = dist.is_available() and dist.is_torchelastic_launched() and variable in os.environ
     return int(os.environ[variable]) if launched else otherwise
 
 
@@ -1377,7 +1377,10 @@ def argument_parser(description):
     wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=110)
     parser = Parser(description=description, formatter_class=wide, allow_abbrev=False,
                     usage="python %(prog)s --data DATA [flags]")
-    cores = (os.cpu_count() or 2) // of_torchrun("LOCAL_WORLD_SIZE", 1)
+    cores = os.cpu_count() or 2
+    if hasattr(os, "sched_getaffinity"):  # of a cluster's job, which has a share of them
+        cores = len(os.sched_getaffinity(0))
+    cores = cores // of_torchrun("LOCAL_WORLD_SIZE", 1)
 
     add = parser.add_argument_group("data").add_argument
     add("--data", default="VOC2012",
@@ -1431,6 +1434,7 @@ def setup(args):
         device = torch.device(args.device)
         if device.type == "cuda" and world() > 1:  # each process has a card of its own
             device = torch.device("cuda", of_torchrun("LOCAL_RANK", 0))
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except Exception as error:  # each backend has its own way to say that it is not there
@@ -1457,7 +1461,9 @@ def native_bfloat16(device):
     """Whether the device multiplies bfloat16 natively, so that it is the faster precision."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    if device.type != "cpu" or sys.platform == "darwin":  # a Mac has it, and is slower with it
+        return False
+    has = torch.cpu.get_capabilities()
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

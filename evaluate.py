@@ -252,7 +252,7 @@ def evaluate_layers(dataset, model, deep_from, args, device):
         target = target_of(dataset, name, pixels.shape[-2:], dataset.image_path(name))
         contradictions.append(contradiction(dataset, name, target))
         target, labels = target.to(device), dataset.label_vector(name)[None].to(device)
-        limited = refine.limit_size(model, pixels, args.max_side).to(device)
+        limited = refine.limit_size(model, pixels, args.max_side)
 
         def observe(output, size):
             padded = pad_target(target, output.cam.shape[-2:], size, model.patch)
@@ -494,7 +494,7 @@ def draw_pictures(dataset, args, device):
         photo = pixels.permute(1, 2, 0).numpy()
         row = {"photo": photo}
         for run, model in models.items():
-            limited = refine.limit_size(model, pixels, args.max_side).to(device)
+            limited = refine.limit_size(model, pixels, args.max_side)
             variants = {"unrefined": "unrefined", "refined": tuple(range(len(model.blocks)))}
             cams = refine.seed_cams(model, limited, class_ids, variants, refine.refinement(args))
             unrefined, refined = (data.heat(photo, cam.amax(0)) for cam in cams.values())
@@ -608,7 +608,7 @@ def draw_layers(path, model, dataset, records, args, device):
     pixels = TF.pil_to_tensor(dataset.image(name))
     photo = pixels.permute(1, 2, 0).numpy()
     variants = {"unrefined": "unrefined", **{f"layer {l}": (l,) for l in chosen}}
-    limited = refine.limit_size(model, pixels, args.max_side).to(device)
+    limited = refine.limit_size(model, pixels, args.max_side)
     cams = refine.seed_cams(model, limited, dataset.labels(name), variants,
                             refine.refinement(args), lambda output, _: seen.append(output))
     P = seen[0].cam[0, 0].numel()

@@ -307,8 +307,12 @@ def load_classifier(path, dataset, device):
 
 
 def limit_size(model, pixels, max_side=None):
-    """pixels (3, H, W) uint8, made smaller where its CAM would take too much memory."""
-    return data.limit_size(pixels, max_side or MOST_PATCHES * model.patch)
+    """pixels (3, H, W) uint8, made smaller where its CAM would take too much memory.
+
+    It is shrunk where it is, a photograph on the CPU; what is returned is on the model's device.
+    """
+    limited = data.limit_size(pixels, max_side or MOST_PATCHES * model.patch)
+    return limited.to(model.head.weight.device)
 
 
 def refine_image(model, pixels, class_ids, args):
@@ -323,9 +327,9 @@ def refine_image(model, pixels, class_ids, args):
 @torch.no_grad()
 def predicted_classes(model, pixels, size, precision):
     """The classes seen in a photograph, likeliest first, at least one: [(index, probability)]."""
-    square = data.normalise(TF.resize(pixels, [size, size], antialias=True)[None])
-    with data.autocast(pixels.device, precision):
-        output = model(square)
+    square = TF.resize(pixels, [size, size], antialias=True)[None].to(model.head.weight.device)
+    with data.autocast(square.device, precision):
+        output = model(data.normalise(square))
     prob = ((output.class_logits + output.patch_logits).float() / 2).sigmoid()[0].cpu()
     order = prob.argsort(descending=True).tolist()
     return [(c, prob[c].item()) for i, c in enumerate(order) if i == 0 or prob[c] > 0.5]
@@ -353,9 +357,9 @@ def refined_photos(args, device):
     for path, pixels in data.read_photos(args.photos):
         found = {c: classes[c] for c in given}
         if not given:
-            believed = predicted_classes(model, pixels.to(device), config["size"], args.precision)
+            believed = predicted_classes(model, pixels, config["size"], args.precision)
             found = {c: f"{classes[c]} (probability {p:.2f})" for c, p in believed}
-        cam, mask = refine_image(model, pixels.to(device), list(found), args)
+        cam, mask = refine_image(model, pixels, list(found), args)
         names = {text: data.mask_value(c) for c, text in found.items()}
         yield path, pixels, names, cam, mask.cpu().numpy()
 
@@ -463,7 +467,7 @@ def main(argv=None):
     images = data.load_images(dataset, todo, args.workers, device)
     for count, (name, pixels) in enumerate(images, 1):
         class_ids = dataset.labels(name)
-        cam, mask = refine_image(model, pixels.to(device), class_ids, args)
+        cam, mask = refine_image(model, pixels, class_ids, args)
         data.write_cam(cams / f"{name}.npz", class_ids, cam.cpu(), pixels.shape[-2:])
         data.write_mask(masks / f"{name}.png", mask.cpu().numpy())
         if count % 20 == 0:

@@ -781,6 +781,14 @@ def test_bfloat16_is_near_float32():
     assert_close(first_step("bfloat16"), first_step(), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("platform, native", [("linux", True), ("darwin", False)])
+def test_bfloat16_of_an_arm_cpu(monkeypatch, platform, native):
+    """On a Mac torch's products are slower in it than in float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
+    monkeypatch.setattr(sys, "platform", platform)
+    assert data.native_bfloat16(torch.device("cpu")) == native
+
+
 def test_bfloat16_patch_logits_are_averaged_in_float32():
     """A mean over 196 patches in bfloat16 cost three points of class mAP (43.0 for 46.0)."""
     model = vit.build("toy", 6).eval()
@@ -1207,6 +1215,7 @@ def test_cnn_architectures(arch, monkeypatch):
         assert net.backbone(torch.randn(1, 3, 64, 96))["out"].shape == (1, channels, 4, 6)
     convolutions = [m for m in net.backbone.modules() if isinstance(m, torch.nn.Conv2d)]
     assert sum(c.dilation != (1, 1) for c in convolutions) == dilated  # behind the last halving
+    assert convolutions[0].weight.is_contiguous(memory_format=torch.channels_last)
 
     # torchvision's classification weights, whole and incomplete
     whole = getattr(torchvision.models, arch.removeprefix("deeplabv3_"))(weights=None).state_dict()
@@ -2477,6 +2486,8 @@ def test_refinement_on_a_simulated_gpu(simulated_cuda):
                                   refine.Refinement(steps=2, beta=2.0))["s"]
     assert {t.device.type for t in (*cams.values(), mask, walked)} == {"cuda"}
     assert waits.count == 0
+    photo = torch.empty(3, 60, 70, dtype=torch.uint8)  # is shrunk on the CPU
+    assert refine.limit_size(model, photo, 35).device.type == "cuda"
 
 
 @pytest.mark.parametrize("arch, multiple", [("deeplabv3_vit", 8), ("deeplabv3_mobilenet_v2", 1)])

@@ -42,7 +42,7 @@ RECIPES = {  # defaults by kind of backbone; toy has its own
 # Images and masks
 # -------------------------------------------------------------------------------------------------
 class SegmentationSet(Dataset):
-    """(image (3, size, size) uint8, mask (size, size) int64).
+    """(image (3, size, size), mask (size, size)), both uint8.
 
     Resized 0.5 to 2 times, flipped, cropped; what lies beyond the image is undecided.
     """
@@ -70,7 +70,7 @@ class SegmentationSet(Dataset):
             image = TF.resize(tv_tensors.Image(image), size, antialias=True)
             mask = TF.resize(tv_tensors.Mask(torch.from_numpy(mask)), size)
             image, mask = self.transform(image, mask)
-        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long()
+        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -120,7 +120,10 @@ def build(arch, num_classes, classifier=None):
         backbone, channels = ViTFeatures(model), model.dim
     else:
         backbone, channels = cnn_trunk(arch)
-    return DeepLabV3(backbone, DeepLabHead(channels, num_classes + 1, ATROUS_RATES))
+    net = DeepLabV3(backbone, DeepLabHead(channels, num_classes + 1, ATROUS_RATES))
+    if arch != "deeplabv3_vit":  # what convolutions are fastest with
+        net.to(memory_format=torch.channels_last)
+    return net
 
 
 def load_backbone(net, arch, source):
@@ -158,7 +161,8 @@ def train_one_epoch(net, optimizer, loader, args, epoch):
     for step, (pixels, mask) in enumerate(loader, 1):
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * (1 - (epoch + (step - 1) / steps) / args.epochs) ** 0.9
-        pixels, mask = pixels.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        pixels = pixels.to(device, non_blocking=True)
+        mask = mask.to(device, non_blocking=True).long()
 
         # cross-entropy over the labelled pixels of all processes, whose gradients are averaged:
         # hence the factor world(); without any such pixel it is 0, not nan
@@ -427,8 +431,7 @@ def main(argv=None):
     if args.size % padding_multiple(net):
         raise data.UserError(f"--size {args.size} is not a multiple of the patch size "
                              f"{padding_multiple(net)}")
-    if not classifier:  # what convolutions are fastest with
-        net.to(memory_format=torch.channels_last)
+    if not classifier:
         torch.backends.cudnn.benchmark = not args.deterministic
 
     # optimiser, where to begin
