@@ -33,6 +33,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from http.client import HTTPException
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms.v2 import functional as TF
@@ -130,12 +131,18 @@ def check_classes(names, source):
 
 def need_same_classes(one, one_source, other, other_source):
     """Raises UserError that names both sources and the first difference."""
-    one, other = list(one), list(other)
-    if one != other:
-        k = next(i for i in range(len(one) + len(other)) if one[i:i + 1] != other[i:i + 1])
-        names = [repr(classes[k]) if k < len(classes) else "missing" for classes in (one, other)]
-        raise UserError(f"{one_source} and {other_source} disagree about the classes: class "
-                        f"{k + 1} is {names[0]} in the first, {names[1]} in the second")
+    for k, (a, b) in enumerate(zip_longest(one, other, fillvalue="missing"), 1):
+        if a != b:
+            raise UserError(f"{one_source} and {other_source} disagree about the classes: class "
+                            f"{k} is {a!r} in the first, {b!r} in the second")
+
+
+def need_classes_of(folder, dataset):
+    """UserError where a folder's files are of other classes, by its args.json, if it has one."""
+    path = folder / "args.json"
+    if path.is_file():
+        classes = read_json(path, "delete it").get("class_names", dataset.classes)
+        need_same_classes(classes, path, dataset.classes, dataset.source)
 
 
 def repeated(names):
@@ -175,31 +182,25 @@ def download(name, root):
 class ImageSet:
     """What the stages see of one split of a data set.
 
-    To add a data set, write a subclass and name it in DATASETS and open_data. Its __init__ calls
-    this one; it has
+    To add a data set, write a subclass and name it in DATASETS and open_data. It has
         name, split    a split called val is what train_seg.py predicts and evaluate.py scores
         classes        a tuple of 1 to 254 different names
         source         the file that names the classes or lists the images, for messages
         ids            names of the images, all different, each of which can be a file's name
     and gives for an id
         image_path, mask_path    files, for messages
-        read_labels    indices of the classes in the image: sorted, plain ints, at least one
+        labels         indices of the classes in the image: sorted, plain ints, at least one
         mask           (H, W) uint8 in {0, 1..C, 255}, of the image's size: for evaluate.py alone
     """
 
     source = ""
 
-    def __init__(self):
-        self.known_labels = {}
-
     def image(self, name):
         return read_image(self.image_path(name))
 
-    def labels(self, name):
-        """Indices of the classes in an image, sorted; each annotation is read once."""
-        if name not in self.known_labels:
-            self.known_labels[name] = self.read_labels(name)
-        return self.known_labels[name]
+    def __getitem__(self, name):
+        """For a loader: the name, and the image (3, H, W) uint8."""
+        return name, TF.pil_to_tensor(self.image(name))
 
     def label_vector(self, name):
         """Image labels as (C,) float in {0, 1}."""
@@ -220,7 +221,6 @@ class VOC(ImageSet):
     """A folder as VOC 2012 is laid out; labels.csv may stand in place of Annotations."""
 
     def __init__(self, folder, split, name, classes, source):
-        super().__init__()
         self.root, self.split, self.name = Path(folder), split, name
         self.classes, self.source = classes, source
         self.table_path = self.root / "labels.csv"
@@ -287,61 +287,47 @@ class VOC(ImageSet):
     def read_table(self):
         """labels.csv -> {image: class names}.
 
-        A line is an image's name and its classes. Below a header of class names it may be a
-        one-hot table: an image's name, and 0 or 1 for each of them.
+        A line is an image's name and its classes. A first line that names no image is a header. If
+        it names classes, this is a one-hot table: an image's name, and 0 or 1 for each of them.
         """
-        path, table, columns = self.table_path, {}, None
+        path, table, columns = self.table_path, {}, []
         with reading(path, "look for a quote that is not closed"):
             lines = list(csv.reader(io.StringIO(read_text(path)), strict=True))
         rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(lines, 1)]
         rows = [(number, row) for number, row in rows if any(row)]
         if rows and self.without_extension(rows[0][1][0]) not in self.files:
-            header, second = rows[0][1][1:], rows[1][1][1:] if len(rows) > 1 else []
-            if self.is_one_hot(header, second):
+            header = rows.pop(0)[1][1:]
+            if set(header) & set(self.classes):
                 columns = header
-                if wrong := [c for c in filter(None, header)
-                             if c not in self.classes or header.count(c) > 1]:
-                    raise UserError(f"{path} has the column {wrong[0]!r}, which is no class of "
-                                    f"{self.source}, or is there twice")
-            if columns or any(header) and not set(header) & set(self.classes):
-                rows = rows[1:]
+        for column in filter(None, columns):
+            if column not in self.classes or columns.count(column) > 1:
+                raise UserError(f"{path} has the column {column!r}, which is no class of "
+                                f"{self.source}, or is there twice")
 
         for number, (first, *cells) in rows:
-            where, named = f"line {number} of {path}", [cell for cell in cells if cell]
-            name = self.without_extension(first)
-            if not named:
+            where, name = f"line {number} of {path}", self.without_extension(first)
+            if not any(cells):
                 raise UserError(f"{where} is {first!r}: write an image's name and its classes, "
                                 "with commas between them")
             if name not in self.files:
-                hint = ""
-                if number == 1:
-                    hint = " (as a header it would have class names alone, or none)"
                 raise UserError(f"{where} names the image {name!r}, which is not in "
-                                f"{self.root / 'JPEGImages'}{hint}")
+                                f"{self.root / 'JPEGImages'}")
             if columns:
                 if len(cells) != len(columns):
                     raise UserError(f"{where} has {len(cells)} values, line 1 {len(columns)}")
                 if wrong := [cell for cell in cells if cell.lower() not in ("", *YES, *NO)]:
-                    raise UserError(f"{where} has the value {wrong[0]!r}: below class names it "
-                                    "must be 0 or 1")
-                named = [c for c, cell in zip(columns, cells) if c and cell.lower() in YES]
-            table.setdefault(name, []).extend(named)
+                    raise UserError(f"{where} has the value {wrong[0]!r}: it must be 0 or 1, as "
+                                    "line 1 names classes and no image: it is a header")
+                cells = [c for c, cell in zip(columns, cells) if cell.lower() in YES]
+            table.setdefault(name, []).extend(filter(None, cells))
         return table
 
-    def is_one_hot(self, header, second):
-        """Whether two lines of labels.csv are a header and 0 or 1 below it."""
-        flags = bool(second) and all(cell.lower() in ("", *YES, *NO) for cell in second)
-        classes = {"", *self.classes}  # which may be called 0 and 1
-        if set(header) <= classes:
-            return flags or not set(second) <= classes
-        return flags and not set(second) <= classes
-
-    def read_labels(self, name):
+    def labels(self, name):
         """Every object of the XML, difficult ones included, or the line of labels.csv."""
         if self.table is not None:
             path, names = self.table_path, self.table.get(name, [])
         else:
-            path = on_disk(self.root / "Annotations" / f"{name}.xml")
+            path = self.root / "Annotations" / Path(self.files[name][0]).with_suffix(".xml")
             with reading(path, "image labels come from VOC's Annotations, or from labels.csv "
                                "(see README)"):
                 objects = ElementTree.parse(path).getroot().findall("{*}object")
@@ -360,7 +346,7 @@ class VOC(ImageSet):
         if self.name == "VOC2012" and self.split in ("train", "val"):
             folders = folders[:1]
         for folder in folders:
-            path = on_disk(folder / f"{name}.png")
+            path = folder / Path(self.files[name][0]).with_suffix(".png")
             if path.is_file():
                 return path
         raise UserError(f"no ground truth {name}.png in {' or '.join(map(str, folders))}: add it, "
@@ -379,7 +365,6 @@ class COCO(ImageSet):
     name = "COCO2014"
 
     def __init__(self, root, split):
-        super().__init__()
         self.root, self.split = Path(root) / "COCO2014", split
         self.folder = self.root / f"{split}2014"
         self.source = self.root / "annotations" / f"instances_{split}2014.json"
@@ -454,7 +439,7 @@ class COCO(ImageSet):
         return {**self.__dict__, "objects": None}
 
     def image_path(self, name):
-        return on_disk(self.folder / self.files[name][0])
+        return self.folder / self.files[name][0]
 
     def image(self, name):
         image, (H, W) = super().image(name), self.files[name][1]
@@ -467,7 +452,7 @@ class COCO(ImageSet):
     def mask_path(self, name):
         return self.source
 
-    def read_labels(self, name):
+    def labels(self, name):
         return sorted({index for _, index, _ in self.objects[name]})
 
     def mask(self, name):
@@ -554,7 +539,6 @@ class Toy(ImageSet):
     def __init__(self, split):
         if split not in TOY_SIZES:
             raise UserError(f"no split {split!r} in toy: use {' or '.join(TOY_SIZES)}")
-        super().__init__()
         self.split = split
         self.ids = [f"toy_{split}_{i:04d}" for i in range(TOY_SIZES[split])]
 
@@ -566,7 +550,7 @@ class Toy(ImageSet):
     def image(self, name):
         return Image.fromarray(draw_toy(name)[0])
 
-    def read_labels(self, name):
+    def labels(self, name):
         return draw_toy(name)[2]
 
     def mask(self, name):
@@ -633,12 +617,6 @@ def mask_value(class_index):
 def nfc(text):
     """One spelling of a name: a Mac writes an umlaut as a letter and its dots, others as one."""
     return unicodedata.normalize("NFC", text)
-
-
-def on_disk(path):
-    """A path, its name in the spelling of the file that is there."""
-    forms = [path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD")]
-    return next((form for form in (path, *forms) if form.is_file()), path)
 
 
 def is_image(extension):
@@ -858,58 +836,39 @@ def seed_epoch(seed, epoch):
     torch.manual_seed((seed * SEEDS_APART + epoch) * world() + rank())
 
 
-class WholeImages(Dataset):
-    """(name, image (3, H, W) uint8) of the images with these names."""
-
-    def __init__(self, dataset, names):
-        self.dataset, self.names = dataset, names
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        name = self.names[index]
-        return name, TF.pil_to_tensor(self.dataset.image(name))
-
-
 def load_images(dataset, names, workers, device):
-    """Iterates over WholeImages; workers decode ahead if a GPU does the rest."""
+    """Iterates over dataset[name] for names; workers decode ahead if a GPU does the rest."""
     workers = workers if device.type == "cuda" else 0
-    return DataLoader(WholeImages(dataset, names), batch_size=None, num_workers=workers,
+    return DataLoader(dataset, batch_size=None, sampler=names, num_workers=workers,
                       generator=torch.Generator())
 
 
-def photo_files(paths):
-    """The image files among paths and in the folders among them; what is left out, counted.
+def read_photos(paths):
+    """Yields (path, pixels (3, H, W) uint8) of image files, and of those in folders, each once.
 
-    Returns a list of paths, each once, and a Counter of reasons. Hidden files are neither.
+    Then says what else is in these folders (hidden files do not count), and raises UserError on
+    images that could not be read.
     """
-    files, left_out = [], Counter()
+    files, others, errors = {}, [], []
     for path in paths:
         if not path.exists():
             raise UserError(f"no photograph or folder {path}")
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.is_dir():
-                left_out["folder inside (name it, too)"] += 1
-            elif file == path or is_image(file.suffix) and not file.name.startswith("."):
-                files.append(file)
+            if file == path or is_image(file.suffix) and not file.name.startswith("."):
+                files[file.resolve()] = file
             elif not file.name.startswith("."):
-                left_out[f"{file.suffix or file.name} (no image for Pillow: convert it)"] += 1
-    files = list({file.resolve(): file for file in files}.values())
-    if twice := repeated(file.stem for file in files):
+                others.append(file.name)
+    not_read = ""
+    if others:
+        not_read = (f"not read: {len(others)} (name folders inside, convert what Pillow does not "
+                    f"read): {', '.join(others[:5])}")
+    if twice := repeated(file.stem for file in files.values()):
         raise UserError(f"two photographs are called {twice!r}: their masks would overwrite each "
                         "other, rename one")
     if not files:
-        raise UserError(f"no image that Pillow reads in {', '.join(map(str, paths))}"
-                        + "".join(f"; {count} {why}" for why, count in left_out.items()))
-    return files, left_out
+        raise UserError(f"no image in {', '.join(map(str, paths))}; {not_read}".strip("; "))
 
-
-def read_photos(paths):
-    """Yields (path, pixels (3, H, W) uint8) of photo_files; at the end says what was not read."""
-    files, left_out = photo_files(paths)
-    errors = []
-    for path in share(files):
+    for path in share(list(files.values())):
         try:
             image = read_image(path)
         except UserError as error:
@@ -917,8 +876,8 @@ def read_photos(paths):
             continue
         yield path, TF.pil_to_tensor(image)
     wait_for_all()  # torchrun stops the others when one process ends in an error
-    if left_out:
-        print("not read:", ", ".join(f"{count} {why}" for why, count in left_out.items()))
+    if not_read:
+        print(not_read)
     if errors:
         raise UserError(f"{len(errors)} left out: {'; '.join(errors)}")
 
@@ -1170,11 +1129,9 @@ def look_at_origin(folder, key, path):
                      "it again")
 
 
-# Flags that may differ when a run is resumed; and those that may name a file or a folder.
-# What --branch-from names is compared by its content.
+# Flags that may differ when a run is resumed: what files and folders hold is compared instead
 FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "out", "data_root", "download",
-                  "predict_split", "predict_only", "branch_from"}
-PATHS = {"data", "classes", "masks", "pretrained"}
+                  "predict_split", "predict_only", "branch_from", "data", "classes", "masks"}
 
 
 def stage_settings(args, dataset, made_from):
@@ -1182,12 +1139,8 @@ def stage_settings(args, dataset, made_from):
 
     made_from: what -> paths of files, which are recognised by their content.
     """
-    settings = {}
-    for key, value in vars(args).items():
-        if key in PATHS and value and Path(value).exists():
-            value = Path(value).resolve()  # however it was spelled
-        if key not in FREE_TO_CHANGE:
-            settings[key] = str(value) if isinstance(value, Path) else value
+    settings = {key: str(value) if isinstance(value, Path) else value
+                for key, value in vars(args).items()}
     settings["class_names"] = list(dataset.classes)
     settings["images and labels"] = dataset.fingerprint()
     for what, paths in made_from.items():
@@ -1241,7 +1194,7 @@ def need_same_settings(folder, settings):
     before = read_json(folder / "args.json", "delete the folder to start again")
     for key in {**before, **settings}:
         was, now = before.get(key), settings.get(key)
-        if was != now:
+        if was != now and key not in FREE_TO_CHANGE:
             raise UserError(f"--resume in {folder} with another {key}: it was {was!r}, now "
                             f"{now!r}; repeat it, replace the folder with --overwrite, or use "
                             "another --out")
@@ -1359,16 +1312,13 @@ class Parser(argparse.ArgumentParser):
 def number(kind, least, most=math.inf):
     """The argparse type of a flag: an int or a float in [least, most], so neither nan nor inf."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not (least <= value <= most and math.isfinite(value)):
-            what = "a whole number" if kind is int else "a number"
             limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text} is not {what} {limits}")
+            raise argparse.ArgumentTypeError(f"{text} is not a number {limits}")
         return value
 
+    parse.__name__ = kind.__name__  # as in argparse's "invalid int value: '1.5'"
     return parse
 
 

@@ -108,16 +108,12 @@ def curve(counts):
     return confusion
 
 
-def at(threshold, values):
-    """The value of a threshold, of values of all THRESHOLDS."""
-    return values[round(100 * threshold)]
-
-
 def summarise(counts):
     """A curve at the fixed and at its best threshold, mIoU in percent."""
     miou = [100 * scores(c)["miou"] for c in curve(counts)]
     best = int(np.argmax(miou))
-    return {"fixed": at(FIXED_THRESHOLD, miou), "best": miou[best], "best_threshold": best / 100}
+    fixed = miou[round(100 * FIXED_THRESHOLD)]
+    return {"fixed": fixed, "best": miou[best], "best_threshold": best / 100}
 
 
 def rank_correlation(table, measures, threshold):
@@ -346,28 +342,15 @@ def heading(args, dataset):
 
 def need_outputs(args, dataset, folder, suffix):
     """Files of stage 2 (cam, pseudo) or 3 (pred/<split>): all there, and of the same classes."""
-    of_stage_2 = folder.parent == args.out
-    path = (folder if of_stage_2 else args.out / "seg") / "args.json"
-    before = data.read_json(path, "delete it") if path.is_file() else {}
-    if of_stage_2:
+    if folder.parent == args.out:
+        data.need_classes_of(folder, dataset)
         data.look_at_origin(folder, "classifier", args.out / "cls" / "last.pt")
-        remedy = f"make them with refine.py --split {args.split}"
-        if before and (before["split"], before["limit"]) == (args.split, args.limit):
-            remedy += " --resume"
-        elif before:
-            limit = f" --limit {before['limit']}" if before["limit"] else ""
-            made = f"--split {before['split']}{limit}"
-            remedy = (f"what is there was made with {made}: if that was interrupted, go on with "
-                      f"refine.py {made} --resume, else {remedy} --overwrite")
+        remedy = f"make them with refine.py --split {args.split} --resume"
     else:
+        data.need_classes_of(args.out / "seg", dataset)
         data.look_at_origin(folder, "model", args.out / "seg" / "last.pt")
         remedy = f"make them with train_seg.py --predict-only --resume --predict-split {args.split}"
-    if before and Path(before["data"]).name != dataset.name:
-        raise data.UserError(f"{folder} is of {before['data']}, not of {dataset.name}: give the "
-                             "--out of such a run")
     data.need_files(folder, dataset.ids, suffix, remedy)
-    if classes := before.get("class_names"):
-        data.need_same_classes(classes, path, dataset.classes, dataset.source)
 
 
 def score_cams(dataset, args, device):
@@ -379,7 +362,7 @@ def score_cams(dataset, args, device):
     print(f"{heading(args, dataset)}: mIoU {record['fixed']:.1f} at the fixed threshold "
           f"{FIXED_THRESHOLD}; best {record['best']:.1f} at {record['best_threshold']:.2f}, "
           "chosen with pixel labels")
-    print_classes(dataset, scores(at(FIXED_THRESHOLD, curve(counts))))
+    print_classes(dataset, scores(curve(counts)[round(100 * FIXED_THRESHOLD)]))
     return record
 
 
@@ -421,7 +404,7 @@ def score_layers(dataset, args, device):
     record = {**refine.refinement(args)._asdict(), "table": table, "measures": measures}
     if not data.rank():
         records[short_name(args.out)] = record
-        draw_layers(args.out / "layers.png", model, dataset, records, args, device)
+        draw_layers(args.out / "layers.png", model, dataset, records, args)
     return record
 
 
@@ -448,11 +431,6 @@ def read_before(args, dataset, depth):
 # -------------------------------------------------------------------------------------------------
 # Pictures, and the file for VOC's server
 # -------------------------------------------------------------------------------------------------
-def paint(mask):
-    """(H, W) mask -> (H, W, 3) uint8 in the VOC colours."""
-    return data.VOC_COLOURS[np.asarray(mask)]
-
-
 def fit(picture, side):
     """(H, W, 3) uint8 -> PIL image whose longer side is side."""
     how = Image.NEAREST if max(picture.shape) < side else Image.LANCZOS
@@ -501,10 +479,10 @@ def draw_pictures(dataset, args, device):
             row.setdefault("unrefined CAM", unrefined)  # that of the first run
             row[f"refined, {run}" if run else "refined CAM"] = refined
         mask = refine.pseudo_mask(limited, class_ids, cams["refined"], **refine.mask_settings(args))
-        row["pseudo-mask"] = paint(mask.cpu())
+        row["pseudo-mask"] = data.VOC_COLOURS[mask.cpu().numpy()]
         if has_prediction:
-            row["DeepLab"] = paint(data.read_mask(predicted / f"{name}.png"))
-        row["ground truth"] = paint(dataset.mask(name))
+            row["DeepLab"] = data.VOC_COLOURS[data.read_mask(predicted / f"{name}.png")]
+        row["ground truth"] = data.VOC_COLOURS[dataset.mask(name)]
         rows[name] = row
     titles, path = list(row), args.out / "pictures.png"
     contact_sheet(path, titles, {name: list(row.values()) for name, row in rows.items()}, 132)
@@ -555,8 +533,8 @@ def chart(size, title, series, level=(), band=(), height=None):
     def points(values):
         return [(x(l), y(v)) for l, v in enumerate(values)]
 
-    picture, font = Image.new("RGBA", (w, h), "white"), ImageFont.load_default(23)
-    draw = ImageDraw.Draw(picture)
+    picture, font = Image.new("RGB", (w, h), "white"), ImageFont.load_default(23)
+    draw = ImageDraw.Draw(picture, "RGBA")  # which blends in
     draw.text((left, 10), title, "black", font)
     draw.rectangle((left, top, right, bottom), outline="grey")
     for tick in np.linspace(low, high, 5)[1:-1]:
@@ -568,21 +546,17 @@ def chart(size, title, series, level=(), band=(), height=None):
         colour = CHART_COLOURS[i]
         if name in band:
             line, off = np.asarray(line), np.asarray(band[name])
-            layer = Image.new("RGBA", picture.size)
-            edge = points(line + off) + points(line - off)[::-1]
-            ImageDraw.Draw(layer).polygon(edge, fill=(*colour, 50))
-            picture.alpha_composite(layer)
-            draw = ImageDraw.Draw(picture)
+            draw.polygon(points(line + off) + points(line - off)[::-1], fill=(*colour, 50))
         draw.line(points(line), colour, 4)
         if name in level:
             dotted = y(level[name])
             for dash in range(left, right, 16):
                 draw.line((dash, dotted, dash + 6, dotted), colour, 2)
         draw.text((left + i * (right - left) // 3, bottom + 36), name, colour, font)
-    return picture.convert("RGB").resize(size, Image.LANCZOS)
+    return picture.resize(size, Image.LANCZOS)
 
 
-def draw_layers(path, model, dataset, records, args, device):
+def draw_layers(path, model, dataset, records, args):
     """layers.png: four charts over layers, and the first image's affinities and CAMs.
 
     records: name -> what layers.json holds, one or two of them. The pictures are of model.
@@ -612,7 +586,7 @@ def draw_layers(path, model, dataset, records, args, device):
     cams = refine.seed_cams(model, limited, dataset.labels(name), variants,
                             refine.refinement(args), lambda output, _: seen.append(output))
     P = seen[0].cam[0, 0].numel()
-    rows = [[("photo", photo)], [("ground truth", paint(dataset.mask(name)))]]
+    rows = [[("photo", photo)], [("ground truth", data.VOC_COLOURS[dataset.mask(name)])]]
     for l in chosen:
         block = aream.patch_block(seen[0].affinity[l][0], P).cpu()
         grey = (255 * (block / block.max()).sqrt()).numpy().astype(np.uint8)
@@ -631,9 +605,6 @@ def pack_submission(dataset, args, device):
     """A split's predictions as VOC's server wants them: ids, sizes and values checked."""
     folder, C = args.out / "pred" / args.split, len(dataset.classes)
     need_outputs(args, dataset, folder, ".png")
-    if args.data != "VOC2012" or args.limit:
-        raise data.UserError("--what submission packs a whole split of VOC2012: no other data, no "
-                             "--limit")
     for name in dataset.ids:
         mask = data.read_mask(folder / f"{name}.png", C, dataset.image(name).size[::-1])
         if (mask == data.IGNORE).any():
@@ -676,6 +647,8 @@ def parse_args(argv=None):
     refine.mask_settings(args)  # looks at them
     if args.photos and args.what != "pictures":
         parser.error("--photos goes with --what pictures")
+    if args.what == "submission" and (args.data != "VOC2012" or args.limit):
+        parser.error("--what submission packs a whole split of VOC2012: no other data, no --limit")
     return args
 
 

@@ -304,10 +304,7 @@ def check_masks(dataset, masks):
         raise data.UserError(f"{masks} is pixel ground truth: training on it would not be weakly "
                              "supervised; give the pseudo-masks of refine.py")
     data.need_files(masks, dataset.ids, ".png", "make them with refine.py, in the same --out")
-    settings = masks / "args.json"  # of masks that refine.py made
-    before = data.read_json(settings, "delete it") if settings.is_file() else {}
-    if classes := before.get("class_names"):
-        data.need_same_classes(classes, settings, dataset.classes, dataset.source)
+    data.need_classes_of(masks, dataset)
     for name in dataset.ids:
         mask = data.read_mask(masks / f"{name}.png", len(dataset.classes))
         if ((mask > 0) & (mask != data.IGNORE)).any():
