@@ -1,6 +1,6 @@
 # make photo: the shipped model on photographs, one picture (PHOTOS="holiday/ beach.jpg": on your own).
 # make demo: four stages on `toy`, a table, runs/toy/pictures.png.   make test: pytest (SLOW=1: all).
-# make speed: the speed table, on this CPU.   make gpu: profiles, kernels and tests on a CUDA card.
+# make speed: the speed table, on this CPU.   make gpu: profiles and tests on a CUDA card.
 # Each makes an environment .venv first (5.5 GB), but with PY=python, which names a Python that has what it needs.
 PYTHON ?= python3
 MODEL ?= models/voc_deit_tiny
@@ -44,7 +44,6 @@ speed: $(READY)
 
 gpu: $(READY)
 	$(PY) -m results.speed profile --preset deit_small --batch 64 --precision bfloat16 --device cuda
-	$(PY) -m results.speed kernels
 	$(PY) -m pytest -q -rs test_aream.py
 
 .venv/ready: requirements.txt

@@ -108,8 +108,6 @@ def random_walk(score, affinity, beta=1.0, steps=1):
     every row divided by its sum. score (B, K, gh, gw) >= 0; affinity (B, P, P) >= 0. Returns (B,
     K, gh, gw) float32.
     """
-    if steps < 0 or beta <= 0:
-        raise ValueError(f"random walk with steps {steps}, beta {beta}: steps >= 0 and beta > 0")
     score, affinity = score.float(), affinity.float()
     if steps == 1 and beta == 1:
         return aream.propagate(affinity, score)
@@ -142,8 +140,6 @@ def pseudo_label(images, cam, class_ids, present, low=LOW, high=HIGH, iterations
     score, 0 where even the low one beats every class, else 255, undecided. Both are refined
     together, at half size, by so many iterations of PAR with such dilations.
     """
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"background scores low {low}, high {high}: 0 <= low <= high <= 1")
     H, W = images.shape[-2:]
     half = (max(1, H // 2), max(1, W // 2))
     cam = data.bilinear(cam.float(), half)  # (B, K, h, w)
@@ -246,31 +242,19 @@ def pixel_adaptive_refine(images, score, dilations=DILATIONS, iterations=ITERATI
     images (B, 3, H, W), any linear range; score (B, K, H, W) of the same H and W. Returns (B, K,
     H, W) float32; each iteration multiplies the total by 1.01.
     """
-    if images.shape[-2:] != score.shape[-2:]:
-        raise ValueError(f"images are {tuple(images.shape[-2:])} and scores "
-                         f"{tuple(score.shape[-2:])} pixels: resize one")
-    if iterations < 0 or min(dilations, default=0) < 1:
-        raise ValueError(f"PAR with {iterations} iterations, dilations {list(dilations)}: 0 or "
-                         "more iterations, one or more dilations of at least 1")
-
     # On a CPU few images at a time stay in the cache, and absent classes need no work.
-    settings = (dilations, iterations)
-    if images.device.type == "cpu":
-        chunk = max(1, 2**16 // images[0, 0].numel())
-        if len(images) > chunk:
-            parts = zip(images.split(chunk), score.split(chunk))
-            return torch.cat([pixel_adaptive_refine(*part, *settings) for part in parts])
-        used = score.flatten(2).any(-1).any(0)
-        if not used.all():
-            refined = torch.zeros_like(score, dtype=torch.float32)
-            if used.any():
-                refined[:, used] = pixel_adaptive_refine(images, score[:, used], *settings)
-            return refined
-
-    kernel, score = par_kernel(images, dilations), score.float()
-    for _ in range(iterations):
-        score = par_iteration(score, kernel, dilations)
-    return score
+    on_cpu, refined = images.device.type == "cpu", torch.zeros_like(score, dtype=torch.float32)
+    few = max(1, 2**16 // images[0, 0].numel()) if on_cpu else len(images)
+    for image, own, target in zip(images.split(few), score.split(few), refined.split(few)):
+        used = own.flatten(2).any(-1).any(0) if on_cpu else slice(None)
+        own = own[:, used].float()
+        if not own.numel():
+            continue
+        kernel = par_kernel(image, dilations)
+        for _ in range(iterations):
+            own = par_iteration(own, kernel, dilations)
+        target[:, used] = own
+    return refined
 
 
 # -------------------------------------------------------------------------------------------------
@@ -335,16 +319,6 @@ def predicted_classes(model, pixels, size, precision):
     return [(c, prob[c].item()) for i, c in enumerate(order) if i == 0 or prob[c] > 0.5]
 
 
-def parse_present(names, classes):
-    """The names after --present -> class indices."""
-    names = [data.nfc(name).strip() for name in names]
-    for name in names:
-        if name not in classes:
-            raise data.UserError(f"--present: the classifier does not know {name!r}; it knows "
-                                 f"{', '.join(classes)}")
-    return [classes.index(name) for name in dict.fromkeys(names)]
-
-
 def refined_photos(args, device):
     """Refines args.photos with the classifier: yields path, pixels, names, CAM and pseudo-mask.
 
@@ -352,11 +326,14 @@ def refined_photos(args, device):
     """
     model, config = load_classifier(args.out / "cls" / "last.pt", None, device)
     classes = config["classes"]
-    given = parse_present(args.present, classes)
+    present = [data.nfc(name).strip() for name in args.present]
+    if unknown := [name for name in present if name not in classes]:
+        raise data.UserError(f"--present: the classifier does not know {unknown[0]!r}; it knows "
+                             f"{', '.join(classes)}")
 
     for path, pixels in data.read_photos(args.photos):
-        found = {c: classes[c] for c in given}
-        if not given:
+        found = {classes.index(name): name for name in present}
+        if not present:
             believed = predicted_classes(model, pixels, config["size"], args.precision)
             found = {c: f"{classes[c]} (probability {p:.2f})" for c, p in believed}
         cam, mask = refine_image(model, pixels, list(found), args)
@@ -459,11 +436,9 @@ def main(argv=None):
         data.prepare_folder(folder, args, lambda: data.stage_settings(args, dataset, made_from))
 
     # every image that is not there yet; of several processes each takes its share
-    def done(name):
-        return (cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file()
-
     begin = time.time()
-    todo = [name for name in data.share(dataset.ids) if not done(name)]
+    todo = [name for name in data.share(dataset.ids)
+            if not ((cams / f"{name}.npz").is_file() and (masks / f"{name}.png").is_file())]
     images = data.load_images(dataset, todo, args.workers, device)
     for count, (name, pixels) in enumerate(images, 1):
         class_ids = dataset.labels(name)

@@ -57,11 +57,11 @@ def label_pass(model, pixels, precision):
 
 
 @torch.no_grad()
-def make_labels(output, pixels, image_labels, guidance, reactivation="entropy", **settings):
+def make_labels(output, pixels, image_labels, guidance, args):
     """The pair labels and w_hat of a batch, from a forward pass over 1 or 2 views of it.
 
-    output: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; image_labels (B, C); settings: of
-    pseudo_label. Returns pair_label (B, P, P) in {0, 1, 255}, w_hat (B, L).
+    output: ViTOutput of V * B images; pixels (B, 3, H, W) uint8; image_labels (B, C). Returns
+    pair_label (B, P, P) in {0, 1, 255}, w_hat (B, L).
     """
     B = len(pixels)
     V = len(output.cam) // B
@@ -72,7 +72,7 @@ def make_labels(output, pixels, image_labels, guidance, reactivation="entropy", 
         entropy = of_views.view(V, B, -1).mean(0)  # (B, L)
     else:
         entropy = guidance.entropy.expand(B, -1)
-    w, w_hat = aream.reactivation_weights(entropy, reactivation)  # each (B, L)
+    w, w_hat = aream.reactivation_weights(entropy, args.reactivation)  # each (B, L)
     guided = aream.guided_cam(output.cam, output.affinity, w.repeat(V, 1), guidance.guide)
     if V == 2:
         guided = guided[:B] + guided[B:].flip(-1)  # (B, C, gh, gw)
@@ -85,7 +85,7 @@ def make_labels(output, pixels, image_labels, guidance, reactivation="entropy", 
     cam = aream.normalise_cam(cam, present)
 
     # confident pixels, and which patches belong together
-    mask = pseudo_label(pixels.float() / 255, cam, class_ids, present, **settings)
+    mask = pseudo_label(pixels.float() / 255, cam, class_ids, present, **mask_settings(args))
     return aream.affinity_label(mask, output.cam.shape[-2:]), w_hat
 
 
@@ -101,16 +101,14 @@ def train_step(model, optimizer, batch, args, guidance=None):
     # Pair labels from a pass of their own. Its affinities go before training needs the memory.
     if active and not shared:
         views = label_pass(model, pixels, args.precision)
-        pair_label, w_hat = make_labels(views, pixels, image_labels, guidance, args.reactivation,
-                                        **mask_settings(args))
+        pair_label, w_hat = make_labels(views, pixels, image_labels, guidance, args)
         del views
 
     # Forward; pair labels from this pass.
     with data.autocast(pixels.device, args.precision):
         output = model(data.normalise(pixels), affinity=shared, logits=active)
     if shared:
-        pair_label, w_hat = make_labels(output, pixels, image_labels, guidance, args.reactivation,
-                                        **mask_settings(args))
+        pair_label, w_hat = make_labels(output, pixels, image_labels, guidance, args)
 
     # Classification + affinity loss.
     cls_loss = aream.classification_loss(output.class_logits.float(),
@@ -144,11 +142,6 @@ def lr_factor(progress):
     if progress < 1 / RISE:
         return FIRST + (1 - FIRST) * RISE * progress
     return LAST + (1 - LAST) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def uses_aream(args, epoch):
-    """Whether an epoch (0-based) is trained with the AReAM loss."""
-    return args.reactivation != "none" and epoch >= args.warmup_epochs
 
 
 def train_one_epoch(model, optimizer, loader, args, epoch, guidance):
@@ -199,20 +192,20 @@ def validate(model, samples, args, device):
     The class tokens, which start alike, learn slowly: the sum may hide that they are not trained.
     """
     model.eval()
-    of_tokens, of_patches, target = [], [], []
+    of_tokens, of_patches = [], []
     in_order = [(index, 0) for index in range(len(samples))]  # 0: there is nothing random
     loader = DataLoader(samples, args.batch, sampler=in_order, num_workers=args.workers)
-    for pixels, labels in loader:
+    for pixels, _ in loader:
         with data.autocast(device, args.precision):
             output = model(data.normalise(pixels.to(device)))
         of_tokens.append(output.class_logits.float().cpu())
         of_patches.append(output.patch_logits.float().cpu())
-        target.append(labels)
 
-    of_tokens, of_patches, target = map(torch.cat, (of_tokens, of_patches, target))
+    of_tokens, of_patches = torch.cat(of_tokens), torch.cat(of_patches)
     scored = {"val_class_mAP": of_tokens + of_patches, "of_class_tokens": of_tokens,
               "of_patches": of_patches}
-    return {name: 100 * mean_average_precision(logits, target) for name, logits in scored.items()}
+    return {name: 100 * mean_average_precision(logits, samples.labels)
+            for name, logits in scored.items()}
 
 
 def mean_average_precision(logits, labels):
@@ -294,7 +287,8 @@ def make_optimizer(model, args):
 def restore(model, optimizer, args, dataset, folder):
     """Where training begins: resumed, branched, from pretrained weights or from scratch.
 
-    Loads model and optimizer in place. Returns the checkpoint, or None in the last two cases.
+    Loads model and optimizer in place. Returns the first epoch, and the static entropy (L,) where
+    it is averaged already.
     """
     path = folder / "last.pt"
     if not (args.resume and path.is_file()):
@@ -304,7 +298,7 @@ def restore(model, optimizer, args, dataset, folder):
             remedy = "give the DeiT file of that size, another --preset, or --pretrained none"
             with data.given("--pretrained", remedy):
                 vit.load_pretrained(model, args.pretrained)
-        return None
+        return 0, None
 
     checkpoint = data.read_checkpoint(path, "cls", dataset)
     if path == args.branch_from and checkpoint["epoch"] >= args.epochs:
@@ -323,24 +317,21 @@ def restore(model, optimizer, args, dataset, folder):
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, own in zip(optimizer.param_groups, settings):
             group.update(own)
-    return checkpoint
+    averaged = checkpoint["epoch"] > args.warmup_epochs and checkpoint["entropy"] is not None
+    if args.entropy == "static" and averaged:
+        return checkpoint["epoch"], checkpoint["entropy"].to(model.head.weight.device)
+    return checkpoint["epoch"], None
 
 
 def validation_set(args, dataset):
-    """The val split, for class mAP; None, with a line that says why, where own data has no labels.
+    """The val split, for class mAP; None, with a line that says why, where own data has none.
 
-    Masks of val alone are enough for stages 3 and 4.
+    It may lack the list, or image labels: masks of val are enough for stages 3 and 4.
     """
-    own = args.data not in data.DATASETS
-    val_list = Path(args.data) / "ImageSets" / "Segmentation" / "val.txt"
-    if own and not val_list.is_file():
-        data.say_once(f"no class mAP: there is no {val_list}")
-        return None
-    val = data.open_split(args, "val", like=dataset)
     try:
-        return ClassificationSet(val, args.size)
+        return ClassificationSet(data.open_split(args, "val", like=dataset), args.size)
     except data.UserError as error:
-        if not own:
+        if args.data in data.DATASETS:
             raise
         data.say_once(f"no class mAP: {error}")
         return None
@@ -457,43 +448,33 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
 
     # where to begin
-    checkpoint = restore(model, optimizer, args, dataset, folder)
-    first, static_entropy = 0, None
-    if checkpoint:
-        first = checkpoint["epoch"]
-        averaged = checkpoint["entropy"] is not None and first > args.warmup_epochs
-        if args.entropy == "static" and averaged:
-            static_entropy = checkpoint["entropy"].to(device)
+    first, static_entropy = restore(model, optimizer, args, dataset, folder)
     made_from = {"checkpoint to branch from": [args.branch_from]} if args.branch_from else {}
     data.prepare_folder(folder, args, lambda: data.stage_settings(args, dataset, made_from))
     data.cut_log(folder, first)
     config = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
     config.update(data=dataset.name, classes=list(dataset.classes))
 
-    def save(name, epoch):
-        data.write_checkpoint(folder / name, {
-            "stage": "cls", "config": config, "epoch": epoch, "entropy": static_entropy,
-            "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-
     # train
     wrapped = data.distributed(model, device)
     begin = saved = time.time()
     for epoch in range(first, args.epochs):
-        if args.entropy == "static" and static_entropy is None and uses_aream(args, epoch):
+        active = args.reactivation != "none" and epoch >= args.warmup_epochs
+        if active and args.entropy == "static" and static_entropy is None:
             loader.sampler.set_epoch(epoch)  # the same crops in a resumed run
             static_entropy = mean_entropy(model, loader, args.precision, device)
-        guidance = None
-        if uses_aream(args, epoch):
-            guidance = Guidance(guide, supervised, static_entropy)
+        guidance = Guidance(guide, supervised, static_entropy) if active else None
         record = train_one_epoch(wrapped, optimizer, loader, args, epoch, guidance)
-        per_epoch = (time.time() - begin) / (epoch + 1 - first)
-        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
+        record["minutes_left"] = record["seconds"] * (args.epochs - epoch - 1) / 60
         data.log_line(folder, record)  # before the checkpoint: --resume cuts lines beyond it
+        checkpoint = {"stage": "cls", "config": config, "epoch": epoch + 1,
+                      "entropy": static_entropy, "model": model.state_dict(),
+                      "optimizer": optimizer.state_dict()}
         if epoch + 1 == args.warmup_epochs:
-            save("warmup.pt", epoch + 1)
+            data.write_checkpoint(folder / "warmup.pt", checkpoint)
         due = time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS
         if due or epoch + 1 in (args.warmup_epochs, args.epochs):
-            save("last.pt", epoch + 1)
+            data.write_checkpoint(folder / "last.pt", checkpoint)
             saved = time.time()
 
     # class mAP, for information: no checkpoint is chosen by it

@@ -112,8 +112,6 @@ def build(arch, num_classes, classifier=None):
     classifier: for deeplabv3_vit the config of the stage-1 checkpoint (preset, depth, size,
     classes).
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown --arch {arch!r}: use one of {', '.join(ARCHITECTURES)}")
     if arch == "deeplabv3_vit":
         model = vit.build(classifier["preset"], num_classes, depth=classifier["depth"],
                           image_size=classifier["size"])
@@ -225,11 +223,9 @@ def predict_split(net, dataset, scales, args, device):
     torch.backends.cudnn.benchmark = False  # nearly every photograph has a size of its own
     folder, begin = args.out / "pred" / dataset.split, time.time()
 
-    def settings():  # called by the process that wrote the checkpoint
-        return {"scales": scales, "max_side": args.max_side, "precision": args.precision,
-                "model": data.file_digest(args.out / "seg" / "last.pt")}
-
-    data.prepare_folder(folder, args, settings)
+    data.prepare_folder(folder, args, lambda: {
+        "scales": scales, "max_side": args.max_side, "precision": args.precision,
+        "model": data.file_digest(args.out / "seg" / "last.pt")})
     todo = [name for name in data.share(dataset.ids) if not (folder / f"{name}.png").is_file()]
     images = data.load_images(dataset, todo, args.workers, device)
     for count, (name, pixels) in enumerate(images, 1):
@@ -257,31 +253,18 @@ def make_optimizer(net, args):
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
 
 
-def restore(net, optimizer, args, dataset, folder, classifier):
-    """Where training begins (resumed, pretrained, scratch) -> the first epoch."""
-    last = folder / "last.pt"
+def starting_point(net, args, dataset, last, classifier):
+    """The checkpoint to go on from; None: from pretrained weights, now in net, or from scratch."""
     if args.resume and last.is_file():
         checkpoint = data.read_checkpoint(last, "seg", dataset)
-        config = checkpoint["config"]
-        if config["arch"] != args.arch:
-            raise data.UserError(f"--resume in {folder}, which holds a {config['arch']}, with "
-                                 f"--arch {args.arch}")
-        for key in ("preset", "depth", "size") if classifier else ():
-            was, now = config["classifier"][key], classifier["config"][key]
-            if was != now:
-                raise data.UserError(f"--resume in {folder} on a classifier of another {key}: it "
-                                     f"was {was}, now {now}; give the classifier that it began "
-                                     "with, or start again with --overwrite")
-        net.load_state_dict(checkpoint["model"])
         if checkpoint["epoch"] < args.epochs:
             data.need_optimizer(checkpoint, last)
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        return checkpoint["epoch"]
+        return checkpoint
     if args.pretrained != "none" and classifier:
         net.backbone.model.load_state_dict(classifier["model"])
     elif args.pretrained != "none":
         load_backbone(net, args.arch, args.pretrained)
-    return 0
+    return None
 
 
 def check_flags(args, masks, device):
@@ -313,16 +296,6 @@ def check_masks(dataset, masks):
                          "is undecided")
 
 
-def read_classifier(args, dataset):
-    """The stage-1 checkpoint that deeplabv3_vit starts from, and its path; None for CNNs."""
-    if args.arch != "deeplabv3_vit":
-        return None, None
-    path = args.pretrained
-    if path in ("auto", "none"):  # with none, for its size
-        path = args.out / "cls" / "last.pt"
-    return path, data.read_checkpoint(path, "cls", dataset)
-
-
 def load_trained(args, dataset, device):
     """The DeepLab of <out>/seg in eval mode, and its config; dataset: what it was trained on."""
     checkpoint = data.read_checkpoint(args.out / "seg" / "last.pt", "seg", dataset)
@@ -331,13 +304,6 @@ def load_trained(args, dataset, device):
     net = build(config["arch"], len(config["classes"]), config["classifier"])
     net.load_state_dict(checkpoint["model"])
     return net.to(device).eval(), config
-
-
-def predict_again(args, device):
-    """Another split with the trained model; needs no pseudo-masks."""
-    dataset = data.open_split(args, args.predict_split)
-    net, config = load_trained(args, dataset, device)
-    predict_split(net, dataset, args.scales or config["scales"], args, device)
 
 
 def segment_photos(args, device):
@@ -409,7 +375,9 @@ def main(argv=None):
     if args.photos:
         return segment_photos(args, device)
     if args.predict_only:
-        return predict_again(args, device)
+        dataset = data.open_split(args, args.predict_split)
+        net, config = load_trained(args, dataset, device)
+        return predict_split(net, dataset, args.scales or config["scales"], args, device)
     folder, masks = args.out / "seg", args.masks or args.out / "pseudo"
     check_flags(args, masks, device)
 
@@ -423,7 +391,11 @@ def main(argv=None):
     loader = data.train_loader(samples, args.batch, args.seed, args.workers, device)
 
     # model
-    path, classifier = read_classifier(args, dataset)
+    path, classifier = args.pretrained, None
+    if args.arch == "deeplabv3_vit":
+        if path in ("auto", "none"):  # with none, for its size
+            path = args.out / "cls" / "last.pt"
+        classifier = data.read_checkpoint(path, "cls", dataset)
     net = build(args.arch, len(dataset.classes), classifier and classifier["config"]).to(device)
     if args.size % padding_multiple(net):
         raise data.UserError(f"--size {args.size} is not a multiple of the patch size "
@@ -433,11 +405,16 @@ def main(argv=None):
 
     # optimiser, where to begin
     optimizer = make_optimizer(net, args)
-    first = restore(net, optimizer, args, dataset, folder, classifier)
+    checkpoint, first = starting_point(net, args, dataset, folder / "last.pt", classifier), 0
     made_from = {"pseudo-masks": [masks / f"{name}.png" for name in dataset.ids]}
     if classifier:
         made_from["classifier"] = [path]
     data.prepare_folder(folder, args, lambda: data.stage_settings(args, dataset, made_from))
+    if checkpoint:  # of these settings, as prepare_folder found
+        first = checkpoint["epoch"]
+        net.load_state_dict(checkpoint["model"])
+        if first < args.epochs:
+            optimizer.load_state_dict(checkpoint["optimizer"])
     data.cut_log(folder, first)
     if first < args.epochs and not data.rank():  # what an earlier or half-trained model predicted
         shutil.rmtree(args.out / "pred", ignore_errors=True)
@@ -448,11 +425,10 @@ def main(argv=None):
 
     # train
     wrapped = data.distributed(net, device)
-    begin = saved = time.time()
+    saved = time.time()
     for epoch in range(first, args.epochs):
         record = train_one_epoch(wrapped, optimizer, loader, args, epoch)
-        per_epoch = (time.time() - begin) / (epoch + 1 - first)
-        record["minutes_left"] = per_epoch * (args.epochs - epoch - 1) / 60
+        record["minutes_left"] = record["seconds"] * (args.epochs - epoch - 1) / 60
         data.log_line(folder, record)  # before the checkpoint: --resume cuts lines beyond it
         if epoch + 1 == args.epochs or time.time() - saved >= data.SECONDS_BETWEEN_CHECKPOINTS:
             data.write_checkpoint(folder / "last.pt", {

@@ -5,31 +5,27 @@
 set -eu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the number of cores does not change the rounding
 PYTHON="${PYTHON:-.venv/bin/python}"
-declare -A FROM WANTED  # row -> the row it goes on from; the rows to make, none: all
+declare -A FROM=() WANTED=()  # row -> the row it goes on from; the rows to make, none: all
 PLAN=1
 
-# wanted NAME [OF]: in the first pass take note of the row and of what it goes on from; then: is it to be made?
+# wanted NAME OF: in the first pass take note of the row and of what it goes on from; then: is it to be made?
 wanted() {
   if [ "$PLAN" ]; then
-    [ "$1" = "${2:-}" ] || FROM[$1]=${2:-}
+    [ "$1" = "$2" ] || FROM[$1]=$2
     return 1
   fi
   [ "${#WANTED[@]}" = 0 ] || [ "${WANTED[$1]:-}" ]
 }
 
-# row NAME [flags of train_cls.py]: train, and score each layer. %SEED% stands for the seed.
+# row NAME OF [flags of train_cls.py]: train, from the warm-up of row OF ("": from the start), and score each layer
 row() {
-  local name=$1 of="" seed out; shift
-  local flags="$*"
-  if [[ "$flags" == *--branch-from* ]]; then  # of a flag given twice the last counts
-    of=${flags##*--branch-from "$OUT"/}
-    of=${of%%/%SEED%*}
-  fi
+  local name=$1 of=$2 seed out; shift 2
   wanted "$name" "$of" || return 0
   for seed in $SEEDS; do
     out=$OUT/$name/$seed
     if [ ! -f "$out/layers.json" ]; then
-      "$PYTHON" train_cls.py "${DATA[@]}" "${@//%SEED%/$seed}" --seed "$seed" --out "$out" --resume
+      "$PYTHON" train_cls.py "${DATA[@]}" "$@" ${of:+--branch-from "$OUT/$of/$seed/cls/warmup.pt"} \
+        --seed "$seed" --out "$out" --resume
       "$PYTHON" evaluate.py "${DATA[@]}" "${SCORE[@]}" --split train --what layers --out "$out"
     fi
   done

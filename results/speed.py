@@ -1,8 +1,7 @@
-"""What it costs: the table of speed.md, profiles, kernels.
+"""What it costs: the table of speed.md, profiles.
 
 Run    python -m results.speed table                                        (make speed)
-       python -m results.speed profile --preset deit_small --batch 64 --device cuda
-       python -m results.speed kernels                                      (a CUDA card: make gpu)
+       python -m results.speed profile --preset deit_small --batch 64 --device cuda    (make gpu)
 """
 import argparse
 import sys
@@ -26,7 +25,6 @@ import train_cls
 import test_aream as naive  # its naive implementation: every head kept, PAR image by image
 
 THREADS = torch.get_num_threads()
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}  # bfloat16, dense, by data sheets
 
 
 def row(*cells):
@@ -211,21 +209,8 @@ def speed_of_loading(dataset, used):
 # -------------------------------------------------------------------------------------------------
 # Profiles
 # -------------------------------------------------------------------------------------------------
-def flops(model, grid):
-    """Floating-point operations of an image's matrix products; grid: (gh, gw) patches."""
-    P, D, C = grid[0] * grid[1], model.dim, model.num_classes
-    N = C + P
-    block = N * D * (3 * D + D + 8 * D)  # multiplications of qkv, projection, MLP
-    block += N * N * D * 2  # of q k^T and attention v
-    ends = P * D * (3 * model.patch**2 + 9 * C)  # of patch embedding and patch head
-    return 2 * (len(model.blocks) * block + ends)  # each with an addition
-
-
-def profile(step, device, images=1, operations=0, steps=20):
-    """Time step() so often, then print its operators, by the profiler over five more steps.
-
-    images, operations (floating-point, of the model): of a step.
-    """
+def profile(step, device, images=1, steps=20):
+    """Time step(), of so many images, then print its operators over five more steps."""
     cuda = device.type == "cuda"
     for _ in range(3):
         step()
@@ -239,11 +224,7 @@ def profile(step, device, images=1, operations=0, steps=20):
         torch.cuda.synchronize(device)
     seconds = (time.perf_counter() - begin) / steps
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else peak_memory()
-    peak = next((p for key, p in PEAK_TFLOPS.items() if key in data.device_name(device)), None)
-    tera = operations / seconds / 1e12
-    share = f", {100 * tera / peak:.1f} % of {peak}" if peak else ""
-    print(f"{1e3 * seconds:.1f} ms, {images / seconds:.1f} images/s, peak {memory:.0f} MiB; "
-          f"of the model {tera:.2f} TFLOP/s{share}")
+    print(f"{1e3 * seconds:.1f} ms, {images / seconds:.1f} images/s, peak {memory:.0f} MiB")
 
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU] + [kinds.CUDA] * cuda) as profiler:
@@ -260,15 +241,14 @@ def profile_all(args):
     model = vit.build(args.preset, 20, image_size=args.size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     depth = len(model.blocks)
-    forward = args.batch * flops(model, (args.size // model.patch,) * 2)
-    for kind, passes in (("plain", 3), ("shared", 3), ("two-views", 5)):  # backward costs two
+    for kind in ("plain", "shared", "two-views"):
         settings = train_cls.parse_args([])
         settings.precision, settings.pair_labels = args.precision, kind
         guidance = train_cls.Guidance(range(depth), range(depth)) if kind != "plain" else None
         print(f"\n{kind} step, {args.preset}, {args.size} px, batch {args.batch}, {device}, "
               f"{args.precision}")
         profile(lambda: train_cls.train_step(model, optimizer, batch, settings, guidance),
-                device, args.batch, passes * forward)
+                device, args.batch)
     settings = refine.parse_args(["--device", args.device])
     settings.precision, model = args.precision, model.eval()
     pixels = torch.randint(0, 256, (3, 240, 320), dtype=torch.uint8).to(device)
@@ -276,34 +256,10 @@ def profile_all(args):
     profile(lambda: refine.refine_image(model, pixels, [0, 3], settings)[1].cpu(), device)
 
 
-def kernels_table():
-    """PAR, and attention by products and fused, on a CUDA card."""
-    def milliseconds(function):
-        def waiting():
-            function()
-            torch.cuda.synchronize()
-
-        return 1e3 * compare(waiting, repeats=20)[0]
-
-    row(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", "ms")
-    row("---", "---")
-    for scores in (2, 4, 10):
-        images, score = (torch.rand(64, n, 112, 112, device="cuda") for n in (3, scores))
-        kernel = refine.par_kernel(images)
-        iteration = milliseconds(lambda: refine.par_iteration(score, kernel))
-        row(f"PAR, one iteration, 64 images of 112 x 112, {scores} scores", f"{iteration:.2f}")
-    for N in (216, 788, 1712):
-        q, k, v = torch.rand(3, 4, 6, N, 64, device="cuda", dtype=torch.bfloat16)
-        apart = milliseconds(
-            lambda: ((q @ k.transpose(-2, -1)) / 8).float().softmax(-1).to(v.dtype) @ v)
-        fused = milliseconds(lambda: F.scaled_dot_product_attention(q, k, v))
-        row(f"attention of {N} tokens, fused (as products)", f"{fused:.2f} ({apart:.2f})")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "profile", "kernels"))
+    parser.add_argument("what", choices=("table", "profile"))
     parser.add_argument("--preset", choices=vit.PRESETS, default="deit_tiny")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
@@ -312,8 +268,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.what == "profile":
         profile_all(args)
-    elif args.what == "kernels":
-        kernels_table()
     else:
         with tempfile.TemporaryDirectory() as temporary:
             speed_table(Path(temporary))

@@ -41,7 +41,7 @@ GAINS = [  # what, records, the question and row of AReAM, column; the plain row
 # Runs -> records
 # -------------------------------------------------------------------------------------------------
 def gather(folder, path):
-    """Collect the scores of the runs <folder>/<question>/<row>/<seed> in the file path."""
+    """Collect the scores of the runs <folder>/<question>/<row>/<seed> in the file path, by line."""
     records = []
     for run in sorted({file.parent for file in Path(folder).glob("*/*/*/results.json")}):
         settings = data.read_json(run / "cls" / "args.json", "repeat the study")
@@ -60,14 +60,10 @@ def gather(folder, path):
     if not records:
         raise data.UserError(f"no scored <question>/<row>/<seed> under {folder}: results/toy.sh "
                              "and results/voc.sh make them")
-    write_records(path, records)
-
-
-def write_records(path, records):
-    """One record per line."""
     with data.replacing(path) as temporary:
         lines = ",\n".join(json.dumps(record) for record in records)
         temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return records
 
 
 def read_records(name):
@@ -241,14 +237,11 @@ LINES = {"plain": "schedule/none", "AReAM": "schedule/uniform-split",
 
 def draw_chart(path, records):
     """Seed mIoU refined by each layer alone: mean over seeds, standard deviation as a band."""
-    questions, depth = rows_of(records), 12
     mean, deviation, together = {}, {}, {}
     for title, row in LINES.items():
-        question, _, own = row.partition("/")
-        runs = questions[question][own]
+        runs = [record for record in records if record["row"] == row]
         name = f"{title} ({len(runs)} seeds)"
-        miou = np.array([[run["table"][f"layer {l}"]["fixed"] for l in range(depth)]
-                         for run in runs])
+        miou = np.array([[run["table"][f"layer {l}"]["fixed"] for l in range(12)] for run in runs])
         mean[name], deviation[name] = miou.mean(0), miou.std(0, ddof=1)
         together[name] = np.mean([run["table"]["all layers"]["fixed"] for run in runs])
     title = "VOC train: mIoU (%) of the CAM refined by one layer (dotted: by the mean of all)"
@@ -259,8 +252,7 @@ def draw_chart(path, records):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["gather"] and len(argv) == 3:
-        gather(*argv[1:])
-        print(*study_tables(data.read_json(argv[2], "", list)), sep="\n")
+        print(*study_tables(gather(*argv[1:])), sep="\n")
     elif argv[:1] == ["demo"] and len(argv) == 3:
         print(*demo_table(*map(Path, argv[1:])), sep="\n")
     elif not argv:

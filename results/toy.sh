@@ -7,15 +7,14 @@ DATA=(--data toy)
 SCORE=(--limit 300)
 MASKS=(--split train)
 source "$(dirname "$0")/common.sh"
-WARM=(--branch-from "$OUT/reactivation/none/%SEED%/cls/warmup.pt")
 
 rows() {
   # Does AReAM repair the deep layers, with which weights?
-  row reactivation/none --reactivation none
-  row reactivation/uniform "${WARM[@]}" --reactivation uniform
-  row reactivation/entropy "${WARM[@]}"
+  row reactivation/none "" --reactivation none
+  row reactivation/uniform reactivation/none --reactivation uniform
+  row reactivation/entropy reactivation/none
   # uniform weights, and labels without a pass of their own
-  row reactivation/uniform-shared "${WARM[@]}" --reactivation uniform --pair-labels shared
+  row reactivation/uniform-shared reactivation/none --reactivation uniform --pair-labels shared
 
   # Does it reach masks and segmentation?
   for kind in none uniform entropy; do

@@ -10,7 +10,7 @@ source "$(dirname "$0")/common.sh"
 TINY=(--preset deit_tiny --pretrained "${DEIT_TINY:-auto}" --batch 16)
 THIRTY=("${TINY[@]}" --epochs 30 --warmup-epochs 10 --lr 1e-4)
 PLAIN=("${THIRTY[@]}" --reactivation none)
-AREAM=("${THIRTY[@]}" --pair-labels shared --branch-from "$OUT/schedule/none/%SEED%/cls/warmup.pt")
+AREAM=("${THIRTY[@]}" --pair-labels shared)
 UNIFORM=("${AREAM[@]}" --reactivation uniform --coupling split)
 
 rows() {
@@ -18,22 +18,22 @@ rows() {
   MASKS=(--limit 500)
 
   # 30 epochs, the last 20 with the loss, all from the same warm-up
-  row schedule/none          "${PLAIN[@]}"
-  row schedule/uniform-split "${UNIFORM[@]}"
-  row schedule/entropy-split "${AREAM[@]}" --entropy static --coupling split
-  row schedule/entropy-all   "${AREAM[@]}" --affinity-weight 0.1
+  row schedule/none               ""            "${PLAIN[@]}"
+  row schedule/uniform-split      schedule/none "${UNIFORM[@]}"
+  row schedule/entropy-split      schedule/none "${AREAM[@]}" --entropy static --coupling split
+  row schedule/entropy-all        schedule/none "${AREAM[@]}" --affinity-weight 0.1
   # how much loss? (0.1 above; 0.3 over all 12 layers gives a deep one what 0.1 over the 5 deep ones does)
-  row schedule/uniform-split-0.03 "${UNIFORM[@]}" --affinity-weight 0.03
-  row schedule/uniform-split-0.3  "${UNIFORM[@]}" --affinity-weight 0.3
-  row schedule/entropy-all-0.3    "${AREAM[@]}" --affinity-weight 0.3
+  row schedule/uniform-split-0.03 schedule/none "${UNIFORM[@]}" --affinity-weight 0.03
+  row schedule/uniform-split-0.3  schedule/none "${UNIFORM[@]}" --affinity-weight 0.3
+  row schedule/entropy-all-0.3    schedule/none "${AREAM[@]}" --affinity-weight 0.3
   # the defaults of train_cls.py: the last row with two views
-  row schedule/default "${AREAM[@]}" --pair-labels two-views
+  row schedule/default            schedule/none "${AREAM[@]}" --pair-labels two-views
   # the labels with PAR's nearer neighbours
   NEAR=(--par-dilations 1 2 4 8)
-  row schedule/uniform-split-near "${UNIFORM[@]}" "${NEAR[@]}"
+  row schedule/uniform-split-near schedule/none "${UNIFORM[@]}" "${NEAR[@]}"
   # the plain classifier with three times the learning rate, with the other augmentation
-  row schedule/none-3e-4   "${PLAIN[@]}" --lr 3e-4
-  row schedule/none-jitter "${PLAIN[@]}" --augment jitter
+  row schedule/none-3e-4          ""            "${PLAIN[@]}" --lr 3e-4
+  row schedule/none-jitter        ""            "${PLAIN[@]}" --augment jitter
 
   # Does it reach the masks?
   masks masks/none                     schedule/none
@@ -51,9 +51,9 @@ rows() {
   masks par-reach/160-scaled schedule/none --max-side 160 --par-dilations 1 3 4 8
 
   # Do deep layers over-smooth at other depths? (Figure 1; 12 is schedule/none)
-  row depth/6  "${PLAIN[@]}" --depth 6
-  row depth/8  "${PLAIN[@]}" --depth 8
-  row depth/10 "${PLAIN[@]}" --depth 10
+  row depth/6  "" "${PLAIN[@]}" --depth 6
+  row depth/8  "" "${PLAIN[@]}" --depth 8
+  row depth/10 "" "${PLAIN[@]}" --depth 10
 
   # Do patches' draws from class tokens spoil the refinement? (rows of patch blocks normalised)
   score rows/none          schedule/none          --rows normalised
@@ -70,16 +70,16 @@ rows() {
 
   # Does bfloat16 change anything? (3 epochs)
   SHORT=("${TINY[@]}" --lr 3e-4 --epochs 3 --warmup-epochs 1 --coupling split --reactivation none)
-  row precision/float32  "${SHORT[@]}" --precision float32
-  row precision/bfloat16 "${SHORT[@]}" --precision bfloat16
+  row precision/float32  "" "${SHORT[@]}" --precision float32
+  row precision/bfloat16 "" "${SHORT[@]}" --precision bfloat16
   masks precision-masks/float32  schedule/none --precision float32
   masks precision-masks/bfloat16 schedule/none --precision bfloat16
 
   # More images (two and a half hours a row); of a flag given twice the last counts
   DATA+=(--split trainaug_6293)
   MASKS=(--split trainaug_6293)
-  row trainaug/none          "${PLAIN[@]}"
-  row trainaug/uniform-split "${UNIFORM[@]}" --branch-from "$OUT/trainaug/none/%SEED%/cls/warmup.pt"
+  row trainaug/none          ""            "${PLAIN[@]}"
+  row trainaug/uniform-split trainaug/none "${UNIFORM[@]}"
   score trainaug-rows/none          trainaug/none          --rows normalised
   score trainaug-rows/uniform-split trainaug/uniform-split --rows normalised
   masks trainaug-masks/none                     trainaug/none
