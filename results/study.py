@@ -33,6 +33,9 @@ GAINS = [  # what, records, the question and row of AReAM, column; the plain row
     ("CAM, trained on 6,293 images", ("voc",), "trainaug/uniform-split", "all layers"),
     ("CAM, VOC train, on an H200", ("voc_h200",), "schedule/uniform-split", "all layers"),
     ("the same, `--rows normalised`", ("voc_h200",), "rows/uniform-split", "all layers"),
+    ("CAM, online entropy in all layers", ("voc", "voc_h200", "avx2"), "schedule/entropy-all-0.3",
+     "all layers"),
+    ("the same, `--rows normalised`", ("avx2",), "rows/entropy-all-0.3", "all layers"),
     ("CAM, toy, affinity weight 4", ("toy",), "reactivation/uniform", "all layers"),
 ]
 
