@@ -9,6 +9,7 @@ Expect on one core of an AMD EPYC, DeiT-Tiny, VOC at 320 px, bfloat16: 10.8 imag
 """
 import math
 import time
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -432,8 +433,9 @@ def main(argv=None):
     parse_layers(args.layers, len(model.blocks))  # fails before the first image
     cams, masks = args.out / "cam", args.out / "pseudo"
     made_from = {"classifier": [classifier]}
+    settings = cache(lambda: data.stage_settings(args, dataset, made_from))  # of both folders
     for folder in (cams, masks):
-        data.prepare_folder(folder, args, lambda: data.stage_settings(args, dataset, made_from))
+        data.prepare_folder(folder, args, settings)
 
     # every image that is not there yet; of several processes each takes its share
     begin = time.time()
