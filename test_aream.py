@@ -860,6 +860,8 @@ def test_defaults_for_photographs():
     """As in the release, whose batch is 64; with all 12 layers as much loss for a deep one."""
     args = train_cls.parse_args([])
     assert (args.lr, args.affinity_weight, args.deep_from) == (6.25e-5, 0.3, 7)
+    assert (args.reactivation, args.entropy, args.coupling) == ("entropy", "online", "all")
+    assert args.pair_labels == "two-views"
     assert train_cls.parse_args(["--coupling", "split"]).affinity_weight == 0.1
     names = [type(t).__name__ for t in train_cls.AUGMENTATIONS["release"](224)]
     assert names == ["RandomResizedCrop", "RandomHorizontalFlip", "RandomApply", "RandomApply",

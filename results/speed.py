@@ -126,7 +126,7 @@ def speed_of_steps(fast):
     plain, plain_memory = zip(alone("plain"), alone("plain", fast))
     views, views_memory = zip(alone("two-views"), alone("two-views", fast))
     shared, _ = zip(alone("shared"), alone("shared", fast))
-    for what, seconds in (("AReAM training step", views),
+    for what, seconds in (("AReAM training step, two views", views),
                           ("the same with `--pair-labels shared`", shared)):
         row(what, f"{slow:.2f} s", f"{seconds[0]:.2f} s", f"{seconds[1]:.2f} s",
             f"{slow / seconds[1]:.1f}x")

@@ -11,10 +11,11 @@ source "$(dirname "$0")/common.sh"
 rows() {
   # Does AReAM repair the deep layers, with which weights?
   row reactivation/none "" --reactivation none
-  row reactivation/uniform reactivation/none --reactivation uniform
-  row reactivation/entropy reactivation/none
-  # uniform weights, and labels without a pass of their own
+  row reactivation/uniform reactivation/none --reactivation uniform --pair-labels two-views
+  row reactivation/entropy reactivation/none --pair-labels two-views
+  # the same with labels from the training pass
   row reactivation/uniform-shared reactivation/none --reactivation uniform --pair-labels shared
+  row reactivation/entropy-shared reactivation/none --pair-labels shared
 
   # Does it reach masks and segmentation?
   for kind in none uniform entropy; do

@@ -26,8 +26,8 @@ rows() {
   row schedule/uniform-split-0.03 schedule/none "${UNIFORM[@]}" --affinity-weight 0.03
   row schedule/uniform-split-0.3  schedule/none "${UNIFORM[@]}" --affinity-weight 0.3
   row schedule/entropy-all-0.3    schedule/none "${AREAM[@]}" --affinity-weight 0.3
-  # the defaults of train_cls.py: the last row with two views
-  row schedule/default            schedule/none "${AREAM[@]}" --pair-labels two-views
+  # the defaults of train_cls.py
+  row schedule/entropy-all-0.3-two-views schedule/none "${AREAM[@]}" --affinity-weight 0.3 --pair-labels two-views
   # the labels with PAR's nearer neighbours
   NEAR=(--par-dilations 1 2 4 8)
   row schedule/uniform-split-near schedule/none "${UNIFORM[@]}" "${NEAR[@]}"
@@ -59,8 +59,8 @@ rows() {
   score rows/none          schedule/none          --rows normalised
   score rows/uniform-split schedule/uniform-split --rows normalised
   score rows/entropy-split schedule/entropy-split --rows normalised
-  score rows/default         schedule/default         --rows normalised
   score rows/entropy-all-0.3 schedule/entropy-all-0.3 --rows normalised
+  score rows/entropy-all-0.3-two-views schedule/entropy-all-0.3-two-views --rows normalised
   score rows/uniform-split-near schedule/uniform-split-near --rows normalised
 
   # How else is the seed refined?
