@@ -288,7 +288,8 @@ class VOC(ImageSet):
         """labels.csv -> {image: class names}.
 
         A line is an image's name and its classes. A first line that names no image is a header. If
-        it names classes, this is a one-hot table: an image's name, and 0 or 1 for each of them.
+        it names classes, or all cells below it are 0 or 1, this is a one-hot table: an image's
+        name, and 0 or 1 for each class of the header.
         """
         path, table, columns = self.table_path, {}, []
         with reading(path, "look for a quote that is not closed"):
@@ -297,7 +298,9 @@ class VOC(ImageSet):
         rows = [(number, row) for number, row in rows if any(row)]
         if rows and self.without_extension(rows[0][1][0]) not in self.files:
             header = rows.pop(0)[1][1:]
-            if set(header) & set(self.classes):
+            values = {cell.lower() for _, row in rows for cell in row[1:] if cell}
+            zero_or_one = bool(values) and values <= {*YES, *NO} - set(self.classes)
+            if zero_or_one or set(header) & set(self.classes):
                 columns = header
         for column in filter(None, columns):
             if column not in self.classes or columns.count(column) > 1:

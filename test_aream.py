@@ -1577,7 +1577,8 @@ TEXTS = [  # a file, its text, what is done, the right value or the error
     *[("table", text, opened, f"labels.csv has the column '{column}', which is no class of "
        ".*classes.txt, or is there twice")
       for text, column in (("name,fold,cat\na,3,1\n", "fold"), ("\nname,cat,Dog\na,1,0\n", "Dog"),
-                           ("name,cat,cat\na,1,0\n", "cat"))],
+                           ("name,cat,cat\na,1,0\n", "cat"),
+                           ("name,Cat,Dog\na,1,0\nb,,1\n", "Cat"))],
     ("instances", "{", coco, "instances_train2014.json cannot be read"),
     ("instances", "[]", coco, "instances_train2014.json cannot be read .it holds a list, not a d"),
     ("instances", "{}", coco, "KeyError.*laid out as COCO's instances files"),
@@ -1651,6 +1652,9 @@ EVERYDAY = [  # what, how it is spoiled, what is done, the right value or the er
     ("a one-hot table of classes 0 and 1",
      lambda f: (f.classes.write_text("0\n1\n"), f.table.write_text("id,0,1\na,1,0\nb,0,1\n")),
      labels_of_both, [[0], [1]]),
+    ("names of classes 0 and 1",
+     lambda f: (f.classes.write_text("0\n1\n"), f.table.write_text("id,label\na,1\nb,0\n")),
+     labels_of_both, [[1], [0]]),
     *[(text[:40], lambda f, file=file, text=text: f.write(file, text), done, right)
       for file, text, done, right in TEXTS],
     # COCO
