@@ -55,6 +55,8 @@ def gather(folder, path):
         record = {"row": "/".join(run.parts[-3:-1]), "seed": run.name,
                   "settings": {key: settings.get(key) for key in SETTINGS}}
         for line in data.read_log(run / "cls"):
+            if "cls_loss" in line:
+                record.setdefault("cls_loss", []).append(round(line["cls_loss"], 4))
             if "val_class_mAP" in line:
                 record["map"] = line["val_class_mAP"]
                 record["device"] = line.get("device")
@@ -213,6 +215,32 @@ def gain_table():
     return table(header, rows)
 
 
+def seed_table():
+    """Lines: one seed of VOC each, all that have both runs, the poorest plain CAM first.
+
+    The losses are the plain run's training losses after 5 and 10 epochs; older records have none.
+    """
+    header = ["records, seed", "loss, epoch 5", "epoch 10", "class mAP, val", "CAM, plain", "AReAM",
+              "gain", "normalised rows: plain", "AReAM", "gain"]
+    seeds = []
+    for name in ("voc", "avx2", "voc_h200"):
+        questions = rows_of(read_records(name))
+        plain_runs = {run["seed"]: run for run in questions["schedule"]["none"]}
+        for run in questions["schedule"]["uniform-split"]:
+            plain = plain_runs[run["seed"]]
+            losses = plain.get("cls_loss")
+            cells = [f"{name}, {run['seed']}",
+                     *(f"{losses[epoch - 1]:.3f}" if losses else "" for epoch in (5, 10)),
+                     f"{plain['map']:.1f}"]
+            for question in ("schedule", "rows"):
+                of_seed = [other for other in questions[question]["uniform-split"]
+                           if other["seed"] == run["seed"]]
+                (before, after), = pairs(of_seed, questions[question]["none"], "all layers")
+                cells += [f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
+            seeds.append(cells)
+    return table(header, sorted(seeds, key=lambda cells: float(cells[4])))
+
+
 def demo_table(plain, out):
     """Lines: README's table of the demo."""
     def last(folder, what):
@@ -268,6 +296,8 @@ def main(argv=None):
             (HERE / "tables" / f"{name}.md").write_text(text, encoding="utf-8")
         text = "\n".join(gain_table()) + "\n"
         (HERE / "tables" / "gains.md").write_text(text, encoding="utf-8")
+        text = "\n".join(seed_table()) + "\n"
+        (HERE / "tables" / "seeds.md").write_text(text, encoding="utf-8")
         draw_chart(HERE / "voc.png", read_records("voc"))
     else:
         raise data.UserError(f"unknown arguments {' '.join(argv)}\n{__doc__}")
