@@ -1139,6 +1139,8 @@ def test_study_gathers_runs(finished, tmp_path, capsys):
     record, = data.read_json(tmp_path / "toy.json", "", list)
     assert (record["row"], record["seed"]) == ("masks/band", "0")
     assert record["settings"]["reactivation"] == "entropy" and 0 <= record["map"] <= 100
+    last = [line for line in data.read_log(finished.out / "cls") if "cls_loss" in line][-1]
+    assert record["cls_loss"][str(last["epoch"])] == pytest.approx(last["cls_loss"], abs=1e-4)
     shown = [f"{record['pseudo'][key]:.1f}" for key in ("labelled", "all", "undecided")]
     assert f"| {' | '.join(shown)} | {record['pred']['miou']:.1f} |" in capsys.readouterr().out
     deep = data.read_json(finished.out / "layers.json", "")["table"]["deep layers"]

@@ -56,7 +56,8 @@ def gather(folder, path):
                   "settings": {key: settings.get(key) for key in SETTINGS}}
         for line in data.read_log(run / "cls"):
             if "cls_loss" in line:
-                record.setdefault("cls_loss", []).append(round(line["cls_loss"], 4))
+                of_epoch = record.setdefault("cls_loss", {})
+                of_epoch[str(line["epoch"])] = round(line["cls_loss"], 4)
             if "val_class_mAP" in line:
                 record["map"] = line["val_class_mAP"]
                 record["device"] = line.get("device")
@@ -230,7 +231,7 @@ def seed_table():
             plain = plain_runs[run["seed"]]
             losses = plain.get("cls_loss")
             cells = [f"{name}, {run['seed']}",
-                     *(f"{losses[epoch - 1]:.3f}" if losses else "" for epoch in (5, 10)),
+                     *(f"{losses[epoch]:.3f}" if losses else "" for epoch in ("5", "10")),
                      f"{plain['map']:.1f}"]
             for question in ("schedule", "rows"):
                 of_seed = [other for other in questions[question]["uniform-split"]
