@@ -34,6 +34,8 @@ rows() {
   # the plain classifier with three times the learning rate, with the other augmentation
   row schedule/none-3e-4          ""            "${PLAIN[@]}" --lr 3e-4
   row schedule/none-jitter        ""            "${PLAIN[@]}" --augment jitter
+  # the plain classifier, trained for the paper's number of epochs
+  row schedule/none-60            ""            "${PLAIN[@]}" --epochs 60
 
   # Does it reach the masks?
   masks masks/none                     schedule/none
