@@ -116,6 +116,15 @@ def summarise(counts):
     return {"fixed": fixed, "best": miou[best], "best_threshold": best / 100}
 
 
+def spearman(x, y):
+    """Spearman's rank correlation of two lists of numbers, in [-1, 1]."""
+    def ranks(values):
+        values = np.array(values)[:, None]
+        return (values > values.T).sum(1) + (values == values.T).sum(1) / 2  # equal: mean rank
+
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
 def rank_correlation(table, measures, threshold):
     """Spearman's, over layers, of entropy and seed mIoU, in [-1, 1].
 
@@ -123,13 +132,8 @@ def rank_correlation(table, measures, threshold):
     entropy, the worse the seed refined by that layer alone, as re-activation weights presume; near
     0: entropy says nothing.
     """
-    def ranks(values):
-        x = np.array(values)[:, None]
-        return (x > x.T).sum(1) + (x == x.T).sum(1) / 2  # equal values share their mean rank
-
     entropy = measures["entropy"]
-    miou = [table[f"layer {l}"][threshold] for l in range(len(entropy))]
-    return float(np.corrcoef(ranks(entropy), ranks(miou))[0, 1])
+    return spearman(entropy, [table[f"layer {l}"][threshold] for l in range(len(entropy))])
 
 
 # -------------------------------------------------------------------------------------------------

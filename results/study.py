@@ -239,7 +239,22 @@ def seed_table():
                 (before, after), = pairs(of_seed, questions[question]["none"], "all layers")
                 cells += [f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
             seeds.append(cells)
-    return table(header, sorted(seeds, key=lambda cells: float(cells[4])))
+    seeds.sort(key=lambda cells: float(cells[4]))
+    return table(header, seeds) + [""] + seed_correlations(seeds)
+
+
+def seed_correlations(seeds):
+    """Lines: rank correlations over the seeds on CPUs; seeds: the cells of seed_table."""
+    loss, class_map, plain, gain, gain_normalised = 1, 3, 4, 6, 9
+    rows = []
+    for what, x, y in (("loss, epoch 5 ~ CAM, plain", loss, plain),
+                       ("class mAP, val ~ CAM, plain", class_map, plain),
+                       ("CAM, plain ~ gain", plain, gain),
+                       ("CAM, plain ~ gain, normalised rows", plain, gain_normalised)):
+        known = [(float(cells[x]), float(cells[y])) for cells in seeds
+                 if cells[x] and not cells[0].startswith("voc_h200")]
+        rows.append([what, str(len(known)), f"{evaluate.spearman(*zip(*known)):+.2f}"])
+    return table(["of the columns", "seeds on CPUs", "rank correlation"], rows)
 
 
 def demo_table(plain, out):
