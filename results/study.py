@@ -4,6 +4,7 @@ Run    python -m results.study                            results/*.json -> resu
        python -m results.study gather FOLDER RECORDS      runs <question>/<row>/<seed> -> RECORDS
        python -m results.study demo PLAIN OUT             two finished runs, as README's table
 """
+import itertools
 import json
 import math
 import sys
@@ -216,45 +217,64 @@ def gain_table():
     return table(header, rows)
 
 
-def seed_table():
-    """Lines: one seed of VOC each, all that have both runs, the poorest plain CAM first.
+def seeds_of_voc():
+    """One dict each, column -> number: seeds of VOC that have both runs, the poorest CAM first.
 
     The losses are the plain run's training losses after 5 and 10 epochs; older records have none.
     """
-    header = ["records, seed", "loss, epoch 5", "epoch 10", "class mAP, val", "CAM, plain", "AReAM",
-              "gain", "normalised rows: plain", "AReAM", "gain"]
     seeds = []
     for name in ("voc", "avx2", "voc_h200"):
         questions = rows_of(read_records(name))
         plain_runs = {run["seed"]: run for run in questions["schedule"]["none"]}
         for run in questions["schedule"]["uniform-split"]:
             plain = plain_runs[run["seed"]]
-            losses = plain.get("cls_loss")
-            cells = [f"{name}, {run['seed']}",
-                     *(f"{losses[epoch]:.3f}" if losses else "" for epoch in ("5", "10")),
-                     f"{plain['map']:.1f}"]
-            for question in ("schedule", "rows"):
+            losses = plain.get("cls_loss", {})
+            seed = {"records": name, "seed": run["seed"], "loss, epoch 5": losses.get("5"),
+                    "loss, epoch 10": losses.get("10"), "class mAP, val": plain["map"]}
+            for question, rows in (("schedule", "CAM"), ("rows", "normalised rows")):
                 of_seed = [other for other in questions[question]["uniform-split"]
                            if other["seed"] == run["seed"]]
                 (before, after), = pairs(of_seed, questions[question]["none"], "all layers")
-                cells += [f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
-            seeds.append(cells)
-    seeds.sort(key=lambda cells: float(cells[4]))
-    return table(header, seeds) + [""] + seed_correlations(seeds)
+                seed.update({f"{rows}: plain": before, f"{rows}: AReAM": after,
+                             f"{rows}: gain": after - before})
+            seeds.append(seed)
+    return sorted(seeds, key=lambda seed: seed["CAM: plain"])
 
 
-def seed_correlations(seeds):
-    """Lines: rank correlations over the seeds on CPUs; seeds: the cells of seed_table."""
-    loss, class_map, plain, gain, gain_normalised = 1, 3, 4, 6, 9
+def seed_tables():
+    """Lines: every seed of VOC; over those on CPUs rank correlations, and what a choice gives."""
+    def cell(column, value):
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return value
+        if column.startswith("loss"):
+            return f"{value:.3f}"
+        return f"{value:+.1f}" if column.endswith("gain") else f"{value:.1f}"
+
+    seeds = seeds_of_voc()
+    lines = table(list(seeds[0]), [[cell(*item) for item in seed.items()] for seed in seeds])
+    on_cpus = [seed for seed in seeds if seed["records"] != "voc_h200"]
+    with_loss = [seed for seed in on_cpus if seed["loss, epoch 5"]]
+
     rows = []
-    for what, x, y in (("loss, epoch 5 ~ CAM, plain", loss, plain),
-                       ("class mAP, val ~ CAM, plain", class_map, plain),
-                       ("CAM, plain ~ gain", plain, gain),
-                       ("CAM, plain ~ gain, normalised rows", plain, gain_normalised)):
-        known = [(float(cells[x]), float(cells[y])) for cells in seeds
-                 if cells[x] and not cells[0].startswith("voc_h200")]
-        rows.append([what, str(len(known)), f"{evaluate.spearman(*zip(*known)):+.2f}"])
-    return table(["of the columns", "seeds on CPUs", "rank correlation"], rows)
+    for of, x, y in ((with_loss, "loss, epoch 5", "CAM: plain"),
+                     (on_cpus, "class mAP, val", "CAM: plain"),
+                     (on_cpus, "CAM: plain", "CAM: gain"),
+                     (on_cpus, "CAM: plain", "normalised rows: gain")):
+        correlation = evaluate.spearman([seed[x] for seed in of], [seed[y] for seed in of])
+        rows.append([f"{x} ~ {y}", str(len(of)), f"{correlation:+.2f}"])
+    lines += ["", *table(["of the columns", "seeds on CPUs", "rank correlation"], rows)]
+
+    rows, shown = [], ("CAM: plain", "normalised rows: AReAM")
+    for several in (1, 2, 3):
+        chosen = [min(group, key=lambda seed: seed["loss, epoch 5"])
+                  for group in itertools.combinations(with_loss, several)]
+        means = [np.mean([seed[column] for seed in chosen]) for column in shown]
+        rows.append([str(several), *(f"{mean:.1f}" for mean in means)])
+    title = (f"The seed of the lowest loss after 5 epochs of so many, mean over all choices from "
+             f"{len(with_loss)} seeds:")
+    return [*lines, "", title, "", *table(["of", *shown], rows)]
 
 
 def demo_table(plain, out):
@@ -312,7 +332,7 @@ def main(argv=None):
             (HERE / "tables" / f"{name}.md").write_text(text, encoding="utf-8")
         text = "\n".join(gain_table()) + "\n"
         (HERE / "tables" / "gains.md").write_text(text, encoding="utf-8")
-        text = "\n".join(seed_table()) + "\n"
+        text = "\n".join(seed_tables()) + "\n"
         (HERE / "tables" / "seeds.md").write_text(text, encoding="utf-8")
         draw_chart(HERE / "voc.png", read_records("voc"))
     else:
